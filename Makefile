@@ -1,0 +1,38 @@
+# Everything from a fresh clone on a machine that has only Python.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+
+.DEFAULT_GOAL := help
+.PHONY: help test train lint types check clean
+
+help:  ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
+	@echo "PYTHON=python3.12 chooses the interpreter, ARGS=... goes to pytest or to the training"
+
+test: $(INSTALLED)  ## the laws, the examples and the code in the README
+	$(BIN)/python -m pytest --hypothesis-profile ci $(ARGS)
+
+train: $(INSTALLED)  ## train a small language model on two processes
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 examples/train.py $(ARGS)
+
+lint: $(INSTALLED)  ## formatting and style
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+
+types: $(INSTALLED)  ## static types
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+check: lint types test  ## all that a change has to pass
+
+clean:  ## remove the virtual environment and everything generated
+	rm -rf $(VENV) *.egg-info build dist runs .pytest_cache .hypothesis .ruff_cache
+	find sharding functional_ep examples tests -name __pycache__ -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[test,train]'
+	touch $@
