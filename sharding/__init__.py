@@ -1,0 +1,36 @@
+"""Sharding rules for pytrees of tensors, as pure functions on torch.func.
+
+A :class:`Mesh` names the axes of the ranks, a :class:`Rule` says along which of them a leaf is
+split, a :class:`~sharding.plan.Plan` gives every leaf a rule, and :func:`sharded` turns a function
+of whole tensors into one of shards. :func:`simulate` runs all ranks in this process,
+:func:`distributed` makes this process one of them.
+"""
+
+from .comm import Comm, Divergence
+from .distributed import distributed
+from .gather import Precision
+from .mesh import Mesh
+from .plan import Leaf, Plan, make_plan
+from .rule import Rule, expert_parallel, interval, partition, replicated, unpartition, zero3
+from .sharded import sharded
+from .simulate import simulate
+
+__all__ = [
+    "Comm",
+    "Divergence",
+    "Leaf",
+    "Mesh",
+    "Plan",
+    "Precision",
+    "Rule",
+    "distributed",
+    "expert_parallel",
+    "interval",
+    "make_plan",
+    "partition",
+    "replicated",
+    "sharded",
+    "simulate",
+    "unpartition",
+    "zero3",
+]

@@ -1,0 +1,234 @@
+"""closed(f): a function as one node of the graph, under every transform."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from types import FunctionType, MethodType
+from typing import Any, Literal
+
+import torch
+import torch._C._functorch as _functorch
+from torch import Tensor
+
+from .node import Node
+
+Flat = Callable[..., tuple[Tensor, ...]]
+Lanes = Literal["vmap", "loop"]
+
+
+def closed(f: Flat, lanes: Lanes = "vmap") -> Flat:
+    """``closed(f) = f``, keeping nothing but the inputs: derivatives run ``f`` again.
+
+    ``grad``, ``jvp`` and ``vmap`` of a closed function are closed functions again, so compositions
+    are too, to any order. Random numbers replay.
+
+    Args:
+        f: from tensors to a tuple of tensors; integer ones pass without derivative.
+        lanes: how to map over a batch: ``"vmap"`` maps f; ``"loop"`` calls it once per lane, for
+            functions whose shapes depend on data.
+
+    Raises:
+        ValueError: f captures a tensor that takes part in differentiation; its gradient would be
+            lost without a word, so it must be an argument.
+
+    >>> square = closed(lambda x: (x * x,))
+    >>> torch.func.hessian(lambda x: square(x)[0])(torch.tensor(3.0))
+    tensor(2.)
+    """
+    for name, x in captured(f):
+        if x.requires_grad or _functorch.is_functorch_wrapped_tensor(x):
+            raise ValueError(
+                f"{getattr(f, '__name__', f)} captures the tensor {name!r} {tuple(x.shape)}, whose "
+                "gradient would be lost: wrong: closed(lambda x: x @ w)(x); right: "
+                "closed(lambda x, w: x @ w)(x, w)"
+            )
+
+    def call(*xs: Tensor) -> tuple[Tensor, ...]:
+        return _Closed.apply(_Replayed(f), lanes, *xs)
+
+    return call
+
+
+def pull_back(f: Flat, xs: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """``vjp(f, *xs)[1](*grads)``: the cotangents of the floating-point inputs.
+
+    Plain autograd where no transform is active and nothing is differentiated again (it costs less
+    Python per operation), torch.func otherwise; the bits are the same.
+    """
+    wanted = _floating(xs)
+
+    def of_wanted(*chosen: Tensor) -> tuple[Tensor, ...]:
+        every = list(xs)
+        for i, x in zip(wanted, chosen, strict=True):
+            every[i] = x
+        ys = f(*every)
+        return tuple(ys[i] for i in _floating(ys))
+
+    if torch._C._are_functorch_transforms_active() or torch.is_grad_enabled():
+        return torch.func.vjp(of_wanted, *(xs[i] for i in wanted))[1](tuple(grads))
+    with torch.enable_grad():
+        leaves = [xs[i].detach().requires_grad_() for i in wanted]
+        ys = of_wanted(*leaves)
+    live = [(y, g) for y, g in zip(ys, grads, strict=True) if y.requires_grad]
+    outs, cotangents = [y for y, _ in live], [g for _, g in live]
+    return torch.autograd.grad(outs, leaves, cotangents, materialize_grads=True)
+
+
+class _Replayed:
+    """A function that draws the same random numbers whenever it is called again."""
+
+    def __init__(self, f: Flat) -> None:
+        self.f = f
+        self.state: Tensor | None = None
+        self.cuda_state: Tensor | None = None
+
+    def __call__(self, *xs: Tensor) -> tuple[Tensor, ...]:
+        cuda = [x.device for x in xs if x.is_cuda][:1]
+        if self.state is None:
+            self.state = torch.get_rng_state()
+            self.cuda_state = torch.cuda.get_rng_state(cuda[0]) if cuda else None
+            return self.f(*xs)
+        with torch.random.fork_rng(devices=cuda):
+            torch.set_rng_state(self.state)
+            if self.cuda_state is not None:
+                torch.cuda.set_rng_state(self.cuda_state, cuda[0])
+            return self.f(*xs)
+
+
+class _Closed(Node):
+    @staticmethod
+    def forward(f: Flat, lanes: Lanes, *xs: Tensor) -> tuple[Tensor, ...]:
+        # An output that is an input must be a view of it: autograd wants a tensor of its own.
+        return tuple(y.view_as(y) if any(y is x for x in xs) else y for y in f(*xs))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.f, ctx.lanes, *xs = inputs
+        ctx.floating, ctx.outputs = _floating(output), len(output)
+        ctx.save_for_backward(*xs)
+        ctx.save_for_forward(*xs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        xs = [_functorch.unwrap_if_dead(x) for x in ctx.saved_tensors]
+        live = [grads[i] for i in ctx.floating]
+        f, n = ctx.f, len(xs)
+        if torch._C._are_functorch_transforms_active() or torch.is_grad_enabled():
+            again = closed(lambda *args: pull_back(f, args[:n], args[n:]), ctx.lanes)
+            found = again(*xs, *live)
+        else:
+            found = pull_back(f, xs, live)
+        result: list[Tensor | None] = [None] * n
+        for i, g in zip(_floating(xs), found, strict=True):
+            result[i] = g
+        return None, None, *result
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
+        xs, f = ctx.saved_tensors, ctx.f
+        wanted, n = _floating(xs), len(xs)
+        given = tangents[2:]
+        dxs = [given[i] if given[i] is not None else torch.zeros_like(xs[i]) for i in wanted]
+
+        def push_forward(*args: Tensor) -> tuple[Tensor, ...]:
+            def of_wanted(*chosen: Tensor) -> tuple[Tensor, ...]:
+                every = list(args[:n])
+                for i, x in zip(wanted, chosen, strict=True):
+                    every[i] = x
+                return f(*every)
+
+            primals = tuple(args[i] for i in wanted)
+            dys = torch.func.jvp(of_wanted, primals, tuple(args[n:]))[1]
+            return tuple(dys[i] for i in ctx.floating)
+
+        found = iter(closed(push_forward, ctx.lanes)(*xs, *dxs))
+        return tuple(next(found) if i in ctx.floating else None for i in range(ctx.outputs))
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], *args: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        f, lanes, *xs = args
+        dims = in_dims[2:]
+        if lanes == "vmap":
+            mapped = torch.vmap(f, dims, randomness=info.randomness)
+            ys = closed(mapped, lanes)(*xs)
+        else:
+            lane = closed(f, lanes)
+            each = [
+                lane(*(x if d is None else x.select(d, b) for x, d in zip(xs, dims, strict=True)))
+                for b in range(info.batch_size)
+            ]
+            ys = tuple(torch.stack(column) for column in zip(*each, strict=True))
+        return ys, (0,) * len(ys)
+
+
+def _floating(xs: Sequence[Tensor]) -> list[int]:
+    return [i for i, x in enumerate(xs) if x.is_floating_point()]
+
+
+def is_mapped(x: Tensor) -> bool:
+    """Whether some vmap maps over x, under whatever other transforms.
+
+    >>> seen = []
+    >>> _ = torch.vmap(lambda x: (seen.append(is_mapped(x)), x)[1])(torch.ones(2))
+    >>> seen, is_mapped(torch.ones(2))
+    ([True], False)
+    """
+    while _functorch.is_functorch_wrapped_tensor(x):
+        if _functorch.is_batchedtensor(x):
+            return True
+        x = _functorch.get_unwrapped(x)
+    return False
+
+
+def captured(f: Any, seen: frozenset[int] = frozenset()) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor that a function takes from elsewhere than its arguments, with its name there.
+
+    >>> w = torch.ones(2)
+    >>> [name for name, _ in captured(lambda x: x * w)]
+    ['w']
+    """
+    if id(f) in seen:
+        return
+    seen |= {id(f)}
+    if isinstance(f, Tensor):
+        yield "?", f
+    elif isinstance(f, partial):
+        yield from captured((f.func, f.args, f.keywords), seen)
+    elif isinstance(f, _Replayed):
+        yield from captured(f.f, seen)
+    elif isinstance(f, torch.nn.Module):
+        yield from f.named_parameters()
+    elif isinstance(f, MethodType):
+        yield from captured((f.__func__, getattr(f.__self__, "__dict__", {})), seen)
+    elif isinstance(f, list | tuple):
+        for x in f:
+            yield from captured(x, seen)
+    elif isinstance(f, dict):
+        yield from _by_name(f.items(), seen)
+    elif isinstance(f, FunctionType):
+        yield from _by_name(_free_variables(f), seen)
+    elif callable(f) and not isinstance(f, type):
+        yield from captured(getattr(f, "__dict__", {}), seen)
+
+
+def _by_name(xs: Iterable[tuple[Any, Any]], seen: frozenset[int]) -> Iterator[tuple[str, Tensor]]:
+    for name, x in xs:
+        for inner, tensor in captured(x, seen):
+            yield (str(name) if inner == "?" else inner), tensor
+
+
+def _free_variables(f: FunctionType) -> Iterator[tuple[str, Any]]:
+    for name, cell in zip(f.__code__.co_freevars, f.__closure__ or (), strict=True):
+        try:
+            yield name, cell.cell_contents
+        except ValueError:  # not assigned yet
+            continue
+    for name in f.__code__.co_names:
+        if isinstance(f.__globals__.get(name), Tensor):
+            yield name, f.__globals__[name]
+    positional = f.__code__.co_varnames[: f.__code__.co_argcount]
+    yield from zip(reversed(positional), reversed(f.__defaults__ or ()), strict=False)
+    yield from (f.__kwdefaults__ or {}).items()

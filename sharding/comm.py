@@ -1,0 +1,189 @@
+"""Comm: the raw collectives, their specification, and the error of ranks that part ways.
+
+A raw collective takes a *list* of tensors and names mesh *axes*, never a process group: every rank
+of the fiber along those axes must start the same collective in the same order. ``Comm.start`` does
+not block; the result is awaited. One abstract method is all that a new transport has to provide.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .mesh import Axes, Mesh
+
+Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all"]
+
+
+class Divergence(RuntimeError):
+    """The ranks of a fiber did not all start the same collective.
+
+    >>> from sharding import simulate
+    >>> def program(comm):
+    ...     if comm.rank == 0:
+    ...         comm.all_reduce([torch.ones(1)], ("ep",))
+    >>> simulate(program, Mesh(ep=2))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+      ...
+    sharding.comm.Divergence: A collective was not started by all of its ranks.
+    ...
+    """
+
+
+class Op(NamedTuple):
+    """One raw collective: what, over which axes and, for all_to_all, how many rows go where."""
+
+    kind: Kind
+    axes: Axes
+    send: tuple[int, ...] = ()
+    receive: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        splits = f", send={self.send}, receive={self.receive}" if self.kind == "all_to_all" else ""
+        return f"{self.kind}(axes={self.axes}{splits})"
+
+
+class Work(Protocol):
+    """A transfer under way."""
+
+    def wait(self) -> list[Tensor]:
+        """The result. It may be awaited once."""
+        ...
+
+
+class Done(NamedTuple):
+    """A transfer that needed no travelling."""
+
+    result: list[Tensor]
+
+    def wait(self) -> list[Tensor]:
+        return self.result
+
+
+class Then(NamedTuple):
+    """``wait() = f(work.wait())``: what is left to do once a transfer has arrived."""
+
+    work: Work
+    f: Callable[[list[Tensor]], list[Tensor]]
+
+    def wait(self) -> list[Tensor]:
+        return self.f(self.work.wait())
+
+
+class Comm(ABC):
+    """One rank's access to the others: its place on the mesh, and the raw collectives.
+
+    The raw collectives are not differentiable: see :mod:`sharding.collectives`. They leave their
+    inputs unchanged; on a fiber of one rank the results are the inputs themselves.
+
+    >>> from sharding import simulate
+    >>> simulate(lambda comm: (comm.rank, comm.coords, comm.fiber(("ep",))), Mesh(edp=2, ep=2))[3]
+    (3, {'edp': 1, 'ep': 1}, (2, 3))
+    """
+
+    def __init__(self, mesh: Mesh, rank: int) -> None:
+        self.mesh = mesh
+        self.rank = rank
+        self.coords = mesh.coords(rank)
+        self.in_flight: dict[int, Work] = {}  # started by a differentiable collective, not awaited
+        self._fibers: dict[Axes, tuple[int, ...]] = {}
+
+    def fiber(self, axes: Axes) -> tuple[int, ...]:
+        """The ranks of this rank's fiber along ``axes``, in order."""
+        if self.mesh.check(axes) not in self._fibers:
+            self._fibers[axes] = self.mesh.fiber(self.rank, axes)
+        return self._fibers[axes]
+
+    def index(self, axes: Axes) -> int:
+        """This rank's place in its fiber along ``axes``."""
+        return self.fiber(axes).index(self.rank)
+
+    @abstractmethod
+    def _start(self, op: Op, xs: list[Tensor]) -> Work:
+        """Start a checked collective over a fiber of at least two ranks."""
+
+    def start(self, op: Op, xs: Sequence[Tensor]) -> Work:
+        """Start a collective on every tensor of the list; its result is awaited.
+
+        Raises:
+            ValueError: an axis not on the mesh; rows that do not fit the fiber or the splits.
+        """
+        check(op, xs, len(self.fiber(op.axes)))
+        if len(self.fiber(op.axes)) == 1 or not xs:
+            return Done(list(xs))
+        with torch.no_grad():
+            return self._start(op, list(xs))
+
+    def all_gather(self, xs: Sequence[Tensor], axes: Axes) -> list[Tensor]:
+        """``[k, ...] -> [n k, ...]``: each tensor of the fiber, concatenated in fiber order."""
+        return self.start(Op("all_gather", axes), xs).wait()
+
+    def reduce_scatter(self, xs: Sequence[Tensor], axes: Axes) -> list[Tensor]:
+        """``[n k, ...] -> [k, ...]``: this rank's slice of the sum over the fiber."""
+        return self.start(Op("reduce_scatter", axes), xs).wait()
+
+    def all_reduce(self, xs: Sequence[Tensor], axes: Axes) -> list[Tensor]:
+        """``[...] -> [...]``: the sum over the fiber."""
+        return self.start(Op("all_reduce", axes), xs).wait()
+
+    def all_to_all(
+        self, xs: Sequence[Tensor], axes: Axes, send: Sequence[int], receive: Sequence[int]
+    ) -> list[Tensor]:
+        """``send[i]`` rows go to, ``receive[i]`` rows come from, the i-th rank of the fiber."""
+        return self.start(Op("all_to_all", axes, tuple(send), tuple(receive)), xs).wait()
+
+
+def check(op: Op, xs: Sequence[Tensor], ranks: int) -> None:
+    """Refuse rows that do not fit the collective, before anything travels."""
+    if op.kind == "reduce_scatter":
+        for x in xs:
+            if x.dim() == 0 or x.shape[0] % ranks:
+                raise ValueError(
+                    f"{op}: {tuple(x.shape)} does not divide into {ranks} ranks along dim 0: pad it"
+                )
+    elif op.kind == "all_gather":
+        for x in xs:
+            if x.dim() == 0:
+                raise ValueError(f"{op}: a scalar has no dim 0 to gather along: reshape it to (1,)")
+    elif op.kind == "all_to_all":
+        if len(op.send) != ranks or len(op.receive) != ranks:
+            raise ValueError(f"{op}: one split per rank is needed, and there are {ranks} ranks")
+        for x in xs:
+            if x.dim() == 0 or x.shape[0] != sum(op.send):
+                raise ValueError(
+                    f"{op}: {tuple(x.shape)} has not sum(send) = {sum(op.send)} rows along dim 0"
+                )
+
+
+def ordered_sum(xs: Sequence[Tensor]) -> Tensor:
+    """``((x0 + x1) + x2) + ...``: every transport adds in fiber order, so all agree to the bit."""
+    total = xs[0] + xs[1] if len(xs) > 1 else xs[0].clone()
+    for x in xs[2:]:
+        total += x
+    return total
+
+
+def specification(op: Op, place: int, sent: Sequence[tuple[Op, list[Tensor]]]) -> list[Tensor]:
+    """What the rank at ``place`` of a fiber receives when its ranks have sent ``sent``.
+
+    >>> ranks = [(Op("all_gather", ("ep",)), [torch.tensor([1])]),
+    ...          (Op("all_gather", ("ep",)), [torch.tensor([2])])]
+    >>> specification(ranks[0][0], 0, ranks)
+    [tensor([1, 2])]
+    """
+    columns = list(zip(*(xs for _, xs in sent), strict=True))
+    if op.kind == "all_gather":
+        return [torch.cat(column) for column in columns]
+    if op.kind == "all_reduce":
+        return [ordered_sum(column) for column in columns]
+    if op.kind == "reduce_scatter":
+        n = len(sent)
+        return [ordered_sum([x.chunk(n)[place] if len(x) else x for x in c]) for c in columns]
+    return [
+        torch.cat([x.split(other.send)[place] for (other, _), x in zip(sent, c, strict=True)])
+        for c in columns
+    ]

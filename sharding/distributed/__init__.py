@@ -1,0 +1,77 @@
+"""Real ranks: one process per rank, started by torchrun. The only import of torch.distributed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from sharding.distributed.nccl import NcclComm
+from sharding.distributed.pairwise import PairwiseComm
+from sharding.distributed.ranks import DistributedComm
+from sharding.mesh import Mesh
+
+VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@contextmanager
+def distributed(
+    mesh: Mesh, *, timeout: float = 600.0, device: str | None = None
+) -> Iterator[DistributedComm]:
+    """This process as one rank of ``mesh``: ``with distributed(mesh) as comm: program(comm, ...)``.
+
+    Start the script with ``torchrun --nproc-per-node N script.py``. A process group that exists
+    already is used and left alone.
+
+    Args:
+        mesh: the ranks; its size is the number of processes.
+        timeout: seconds after which a collective that others do not join is a ``Divergence``.
+        device: ``"cuda"`` (NCCL) or ``"cpu"`` (gloo); by default CUDA where there is one.
+
+    Raises:
+        RuntimeError: torchrun's variables are missing.
+        ValueError: the mesh has not as many ranks as there are processes.
+
+    >>> with distributed(Mesh(ep=2)) as comm:  # doctest: +ELLIPSIS
+    ...     comm.all_reduce([torch.ones(1)], ("ep",))
+    Traceback (most recent call last):
+      ...
+    RuntimeError: ...Start the script with: torchrun --nproc-per-node 2 SCRIPT...
+    """
+    ours = not dist.is_initialized()
+    if ours:
+        missing = [name for name in VARIABLES if name not in os.environ]
+        if missing:
+            raise RuntimeError(
+                f"distributed({mesh}): {', '.join(missing)} not set in the environment. Start the "
+                f"script with: torchrun --nproc-per-node {mesh.size} SCRIPT. Without a launcher, "
+                f"simulate(program, {mesh}, ...) runs the same program in one process"
+            )
+    world = dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"])
+    if world != mesh.size:
+        raise ValueError(
+            f"{mesh} has {mesh.size} ranks, but {world} processes were started: start {mesh.size} "
+            f"(torchrun --nproc-per-node {mesh.size}), or axes whose sizes multiply to {world}"
+        )
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if ours:
+        dist.init_process_group(
+            "nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=timeout)
+        )
+    try:
+        kind = NcclComm if device == "cuda" else PairwiseComm
+        sizes = dict(mesh.sizes) or {"world": 1}
+        devices = init_device_mesh(
+            device, tuple(sizes.values()), mesh_dim_names=tuple(sizes.keys())
+        )
+        yield kind(mesh, dist.get_rank(), devices, timeout)
+    finally:
+        if ours:
+            dist.destroy_process_group()

@@ -1,0 +1,99 @@
+"""Ranks on CUDA: NCCL's collectives, one coalesced launch for a whole list of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from sharding.comm import Op, Then, Work
+from sharding.distributed.ranks import DistributedComm
+from sharding.mesh import Axes, Mesh
+
+
+class NcclComm(DistributedComm):
+    """Collectives by NCCL, coalesced: one launch for a list of tensors."""
+
+    def __init__(self, mesh: Mesh, rank: int, devices: DeviceMesh, timeout: float) -> None:
+        super().__init__(mesh, rank, devices, timeout)
+        self.groups: dict[tuple[int, ...], Any] = {tuple(mesh): dist.group.WORLD}
+        for axes in _subsets(mesh.axes):
+            fibers = sorted({mesh.fiber(r, axes) for r in mesh})
+            if len(fibers) > 1 and len(fibers[0]) > 1:
+                group, _ = dist.new_subgroups_by_enumeration([list(f) for f in fibers])
+                self.groups[self.fiber(axes)] = group
+
+    def _start(self, op: Op, xs: list[Tensor]) -> Work:
+        fiber = self.fiber(op.axes)
+        ranks = tuple(sorted(fiber))
+        group = self.groups[ranks]
+        xs = [x.detach().contiguous() for x in xs]
+        self.started += 1
+        order = [ranks.index(r) for r in fiber]
+        if op.kind == "all_to_all":
+            return _nccl_all_to_all(op, xs, group, order)
+        n, out = len(ranks), []
+        if op.kind == "reduce_scatter" and order != sorted(order):
+            xs = [_permute(x, n, [fiber.index(r) for r in ranks]) for x in xs]
+        with dist._coalescing_manager(group, async_ops=True, device=xs[0].device) as coalesced:
+            for x in xs:
+                if op.kind == "all_gather":
+                    out.append(x.new_empty(n * len(x), *x.shape[1:]))
+                    dist.all_gather_into_tensor(out[-1], x, group=group)
+                elif op.kind == "reduce_scatter":
+                    out.append(x.new_empty(len(x) // n, *x.shape[1:]))
+                    dist.reduce_scatter_tensor(out[-1], x, group=group)
+                else:
+                    out.append(x.clone())
+                    dist.all_reduce(out[-1], group=group)
+
+        def arrived(ys: list[Tensor]) -> list[Tensor]:
+            unsorted = op.kind == "all_gather" and order != sorted(order)
+            return [_permute(y, n, order) for y in ys] if unsorted else ys
+
+        return Then(_Launched([coalesced], out, xs), arrived)
+
+
+class _Launched:
+    """NCCL work on its own stream; awaiting it makes the current stream wait, not the host."""
+
+    def __init__(self, works: Sequence[Any], out: list[Tensor], inputs: list[Tensor]) -> None:
+        self.works, self.out, self.inputs = works, out, inputs
+
+    def wait(self) -> list[Tensor]:
+        for work in self.works:
+            work.wait()
+        self.inputs = []
+        return self.out
+
+
+def _nccl_all_to_all(op: Op, xs: list[Tensor], group: Any, order: list[int]) -> Work:
+    out, works = [], []
+    inverse = [order.index(i) for i in range(len(order))]
+    send, receive = [op.send[i] for i in inverse], [op.receive[i] for i in inverse]
+    if order != sorted(order):
+        xs = [torch.cat([x.split(op.send)[i] for i in inverse]) for x in xs]
+    for x in xs:
+        out.append(x.new_empty(sum(receive), *x.shape[1:]))
+        works.append(dist.all_to_all_single(out[-1], x, receive, send, group, async_op=True))
+
+    def arrived(ys: list[Tensor]) -> list[Tensor]:
+        if order == sorted(order):
+            return ys
+        return [torch.cat([y.split(receive)[i] for i in order]) for y in ys]
+
+    return Then(_Launched(works, out, xs), arrived)
+
+
+def _permute(x: Tensor, n: int, order: list[int]) -> Tensor:
+    """The n slices of dim 0 in another order: NCCL knows ranks in ascending order only."""
+    return x.view(n, len(x) // n, *x.shape[1:])[order].view(x.shape)
+
+
+def _subsets(axes: Axes) -> Iterator[Axes]:
+    for chosen in range(1, 1 << len(axes)):
+        yield tuple(axis for i, axis in enumerate(axes) if chosen >> i & 1)

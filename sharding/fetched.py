@@ -1,0 +1,140 @@
+"""Fetched: gathered views, given up after the forward pass and fetched again in the backward.
+
+Autograd keeps what a backward pass will need. Whatever it would keep of a gathered view is replaced
+by a note which view it was; reading the note gathers the block's views again, once, and starts the
+gather of the block before it. No recomputation, no view kept alive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch._C._functorch as _functorch
+from torch import Tensor
+from torch._C import _autograd
+
+from .comm import Comm, Work
+from .gather import Gather
+from .node import Node
+
+
+def can_release(shards: Sequence[Tensor]) -> bool:
+    """Whether views may be gathered again outside of all transforms.
+
+    True of plain autograd and of one ``grad`` or ``vjp``. Under nested transforms the view itself
+    is differentiated in the outer ones, so it has to stay.
+    """
+    stack = _functorch.get_interpreter_stack()
+    if not stack:
+        return not any(map(_functorch.is_functorch_wrapped_tensor, shards))
+    alone = len(stack) == 1 and stack[0].key() == _functorch.TransformType.Grad
+    return alone and not any(x.requires_grad for x in map(_plain, shards))
+
+
+def _plain(x: Tensor) -> Tensor:
+    return _functorch.get_unwrapped(x) if _functorch.is_functorch_wrapped_tensor(x) else x
+
+
+class _Note(NamedTuple):
+    """Instead of a saved tensor: which view it is part of, and which part."""
+
+    view: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+
+class Fetched:
+    """The gathered views of one block, while a backward pass needs them."""
+
+    def __init__(
+        self,
+        gather: Gather,
+        shards: Sequence[Tensor],
+        comm: Comm,
+        views: Sequence[Tensor],
+        previous: Fetched | None,
+    ) -> None:
+        self.gather, self.comm, self.previous = gather, comm, previous
+        self.shards = [_plain(x).detach() for x in shards]
+        self.places = {
+            plain.untyped_storage().data_ptr(): (i, plain.storage_offset())
+            for i, plain in enumerate(map(_plain, views))
+            if gather.layouts[i].is_fetched and plain.numel()
+        }
+        self.under_way: Work | None = None
+        self.views: list[Tensor] | None = None
+
+    def prefetch(self) -> None:
+        """Start gathering, unless that was done."""
+        if self.views is None and self.under_way is None:
+            self.under_way = self.gather.start(self.shards, self.comm)
+
+    def get(self) -> list[Tensor]:
+        """The views; the first call of a backward pass gathers and prefetches the block before."""
+        if self.views is None:
+            self.prefetch()
+            assert self.under_way is not None
+            self.views, self.under_way = self.under_way.wait(), None
+            if self.previous is not None:
+                self.previous.prefetch()
+        return self.views
+
+    def drop(self) -> None:
+        """Let the views go: the backward pass of the block is done."""
+        self.views = None
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """While this is active, autograd saves notes instead of views."""
+        refusal = _autograd._saved_tensors_hooks_get_disabled_error_message()
+        if not torch._C._are_functorch_transforms_active():
+            refusal = None  # whoever it is that forbids them, it is not torch.func
+        if refusal is not None:  # torch.func forbids hooks; one level of grad serves ours
+            _autograd._saved_tensors_hooks_enable()
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(self._note, self._read):
+                yield
+        finally:
+            if refusal is not None:
+                _autograd._saved_tensors_hooks_disable(refusal)
+
+    def _note(self, saved: Tensor) -> Tensor | _Note:
+        plain = _plain(saved)
+        if plain.layout is not torch.strided:
+            return saved
+        place = self.places.get(plain.untyped_storage().data_ptr())
+        if place is None or plain.dtype != self.gather.layouts[place[0]].compute_dtype:
+            return saved
+        view, start = place
+        offset = int(plain.storage_offset() - start)
+        return _Note(view, tuple(plain.shape), plain.stride(), offset)
+
+    def _read(self, note: Tensor | _Note) -> Tensor:
+        if isinstance(note, Tensor):
+            return note
+        view = self.get()[note.view]
+        return view.as_strided(note.size, note.stride, view.storage_offset() + note.offset)
+
+
+def release_after_backward(fetched: Fetched, views: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The views themselves; once all their gradients are there, ``fetched`` lets its copy go."""
+    return _Release.apply(fetched, *views)
+
+
+class _Release(Node):
+    @staticmethod
+    def forward(fetched: Fetched, *views: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in views)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.fetched = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        ctx.fetched.drop()
+        return None, *grads

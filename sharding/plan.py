@@ -1,0 +1,246 @@
+"""Plan: which leaf follows which rule. Everything that can be wrong statically is refused here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from .comm import Comm, Op
+from .footprint import footprint
+from .gather import Layout, Precision, gather
+from .mesh import Mesh
+from .rule import Rule, Shape, is_first_copy, partition
+from .tree import describe_difference, flatten, path_strings, show, structure, unflatten
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """What a plan knows of one tensor of the params.
+
+    >>> print(Leaf("blocks/0/w1", (8, 64), torch.float32, "expert"))
+    params['blocks'][0]['w1'] (8, 64)
+    """
+
+    path: str
+    shape: Shape
+    dtype: torch.dtype
+    label: str
+
+    def __str__(self) -> str:
+        return f"{show(self.path)} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A pytree of :class:`Leaf` in the shape of the params, with a rule for every label.
+
+    ``plan["blocks"][0]`` is the plan of a subtree; ``plan.at(tree)`` that of any tree of its
+    leaves; ``print(plan)`` a table of bytes per rank and label.
+
+    >>> from sharding import zero3
+    >>> rules = {"dense": zero3("edp")}
+    >>> print(make_plan({"w": torch.zeros(4, 64)}, {"w": "dense"}, rules, Mesh(edp=2)))
+    Plan on Mesh(edp=2), per rank
+    label  leaves  entries  rule                          stored  view     sent/step
+    dense  1       256      compute=- store=edp copies=-  512 B   1.0 KiB  1.5 KiB
+    """
+
+    tree: Any
+    rules: Mapping[str, Rule]
+    mesh: Mesh
+    precision: Mapping[str, Precision] = field(default_factory=dict)
+
+    @cached_property
+    def leaves(self) -> list[Leaf]:
+        """The leaves in the order in which optree flattens them."""
+        return flatten(self.tree)[0]
+
+    @cached_property
+    def spec(self) -> optree.PyTreeSpec:
+        """The structure of the params."""
+        return structure(self.tree)
+
+    @cached_property
+    def layouts(self) -> tuple[Layout, ...]:
+        """Each leaf's rule, worked out on the mesh."""
+        whole = Precision()
+        return tuple(
+            Layout(
+                self.rules[leaf.label],
+                self.mesh,
+                leaf.shape,
+                leaf.dtype,
+                self.precision.get(leaf.label, whole),
+            )
+            for leaf in self.leaves
+        )
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels in use, in the order of the rules."""
+        used = {leaf.label for leaf in self.leaves}
+        return tuple(label for label in self.rules if label in used)
+
+    def at(self, tree: Any) -> Plan:
+        """The plan of a tree whose leaves are leaves of this one, in any arrangement.
+
+        A leaf may appear more than once: a tied embedding is one leaf used twice.
+        """
+        return Plan(tree, self.rules, self.mesh, self.precision)
+
+    def __getitem__(self, key: Any) -> Plan:
+        return self.at(self.tree[key])
+
+    def flatten(self, tree: Any, what: str = "params") -> list[Any]:
+        """The leaves of a tree in the shape of the params, or an error that names what differs."""
+        leaves, spec = flatten(tree)
+        if spec != self.spec:
+            raise ValueError(
+                f"{what} do not have the structure of the plan:\n"
+                + describe_difference(tree, self.tree, what)
+            )
+        return leaves
+
+    def unflatten(self, leaves: list[Any]) -> Any:
+        """A tree in the shape of the params."""
+        return unflatten(self.spec, leaves)
+
+    def shard(self, params: Any, comm: Comm) -> Any:
+        """Global params to this rank's shards, tensors of their own; moves nothing.
+
+        Raises:
+            ValueError: another structure, shape or dtype than the plan's, or another mesh.
+        """
+        self.check_mesh(comm)
+        shards: list[Tensor] = []
+        for x, leaf in zip(self.flatten(params), self.leaves, strict=True):
+            if not isinstance(x, Tensor) or (tuple(x.shape), x.dtype) != (leaf.shape, leaf.dtype):
+                found = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else repr(x)
+                raise ValueError(f"{leaf} {leaf.dtype} expected, found {found}")
+            shards.append(partition(self.rules[leaf.label], self.mesh, comm.rank, x))
+        return self.unflatten(shards)
+
+    def full(self, shards: Any, comm: Comm) -> Any:
+        """Every rank's shards to the global params, on every rank: the inverse of :meth:`shard`."""
+        leaves = self.check_shards(shards, comm)
+        stored = [Layout(w.rule, w.mesh, w.shape, w.dtype) for w in self.layouts]
+        whole: list[Tensor] = []
+        with torch.no_grad():
+            views = gather(stored, leaves, comm) if leaves else ()
+            for view, layout in zip(views, self.layouts, strict=True):
+                axes = layout.rule.compute
+                parts = [view.reshape(-1)]
+                (flat,) = comm.start(Op("all_gather", axes), parts).wait() if axes else parts
+                whole.append(flat.reshape(layout.shape).clone())
+        return self.unflatten(whole)
+
+    def counts_once(self, comm: Comm) -> list[bool]:
+        """For each leaf, whether this rank is the one copy that a sum over the mesh counts."""
+        return [is_first_copy(w.rule, self.mesh, comm.rank) for w in self.layouts]
+
+    def check_mesh(self, comm: Comm) -> None:
+        """Refuse ranks of another mesh."""
+        if comm.mesh != self.mesh:
+            raise ValueError(f"the plan was made for {self.mesh}, but the ranks form {comm.mesh}")
+
+    def check_shards(self, shards: Any, comm: Comm) -> list[Tensor]:
+        """The leaves of a tree of shards, or an error that names the leaf that is none."""
+        self.check_mesh(comm)
+        leaves = self.flatten(shards, "shards")
+        for x, leaf, layout in zip(leaves, self.leaves, self.layouts, strict=True):
+            if not isinstance(x, Tensor) or x.shape != (layout.shard_size,):
+                found = tuple(x.shape) if isinstance(x, Tensor) else repr(x)
+                raise ValueError(
+                    f"{show(leaf.path, 'shards')}: a shard ({layout.shard_size},) of {leaf.shape} "
+                    f"expected, found {found}; shards come from plan.shard(params, comm)"
+                )
+        return leaves
+
+    def __str__(self) -> str:
+        by_label: dict[str, list[Layout]] = {label: [] for label in self.labels}
+        for leaf, layout in zip(self.leaves, self.layouts, strict=True):
+            by_label[leaf.label].append(layout)
+        return f"Plan on {self.mesh}, per rank\n{footprint(by_label)}"
+
+
+def make_plan(
+    params: Any,
+    label_of: Any | Callable[[Any], Any],
+    rules: Mapping[str, Rule],
+    mesh: Mesh,
+    precision: Precision | Mapping[str, Precision] | None = None,
+) -> Plan:
+    """A label for every leaf, a rule for every label: the plan that gather and reduce follow.
+
+    Args:
+        params: a pytree of floating-point tensors, or of meta tensors: only shape and dtype count.
+        label_of: a pytree of labels in the shape of the params, or a function from params to one.
+        rules: one rule for each label.
+        mesh: the ranks.
+        precision: what gathering casts to and reducing sums in, for all labels or by label.
+
+    Raises:
+        ValueError: with path, found, expected and fix, for: a label without a rule or a rule
+            without a leaf; an axis not on the mesh; dim 0 not divisible by the compute axes; a leaf
+            that is no floating-point tensor (``None`` included).
+
+    >>> from sharding import zero3
+    >>> params = {"w": torch.zeros(4, 2), "b": torch.zeros(2)}
+    >>> plan = make_plan(params, {"w": "dense", "b": "dense"}, {"dense": zero3("edp")}, Mesh(edp=2))
+    >>> plan["w"].tree
+    Leaf(path='w', shape=(4, 2), dtype=torch.float32, label='dense')
+    """
+    leaves, spec = flatten(params)
+    paths = path_strings(params)
+    labels_tree = label_of(params) if callable(label_of) else label_of
+    labels, label_spec = flatten(labels_tree)
+    if label_spec != spec:
+        raise ValueError("labels and params differ:\n" + describe_difference(labels_tree, params))
+    for label, rule in rules.items():
+        try:
+            mesh.check(rule.axes)
+        except ValueError as error:
+            raise ValueError(f"rules[{label!r}] = {rule}: {error}") from None
+    made = [_leaf(*each, rules, mesh) for each in zip(paths, leaves, labels, strict=True)]
+    idle = [label for label in rules if label not in set(labels)]
+    if idle:
+        raise ValueError(
+            f"rules[{idle[0]!r}] has no leaf: the labels in use are {sorted(set(labels))}. "
+            f"Remove the rule, or label a leaf {idle[0]!r}"
+        )
+    by_label = dict.fromkeys(rules, precision) if isinstance(precision, Precision) else precision
+    unknown = [label for label in by_label or {} if label not in rules]
+    if unknown:
+        raise ValueError(f"precision[{unknown[0]!r}]: no such label; rules are for {list(rules)}")
+    return Plan(unflatten(spec, made), dict(rules), mesh, dict(by_label or {}))
+
+
+def _leaf(path: str, x: Any, label: Any, rules: Mapping[str, Rule], mesh: Mesh) -> Leaf:
+    where = show(path)
+    if not isinstance(x, Tensor):
+        raise ValueError(
+            f"{where} is {x!r}: a parameter is a floating-point tensor. Leave out what is no "
+            "parameter, and pass constants to the loss as arguments"
+        )
+    leaf = Leaf(path, tuple(x.shape), x.dtype, label)
+    if not x.is_floating_point():
+        raise ValueError(f"{leaf} is {x.dtype}: a parameter has a floating-point dtype")
+    if label not in rules:
+        raise ValueError(
+            f"{leaf} has the label {label!r}, which has no rule: rules are for {list(rules)}"
+        )
+    ranks = mesh.count(rules[label].compute)
+    if ranks > 1 and (not leaf.shape or leaf.shape[0] % ranks):
+        raise ValueError(
+            f"{leaf}, label {label!r}: dim 0 must divide by the {ranks} ranks of the compute axes "
+            f"{rules[label].compute} of {mesh}. Choose a mesh whose "
+            f"{'*'.join(rules[label].compute)} divides {leaf.shape[0] if leaf.shape else 'it'}, "
+            "or label the leaf otherwise"
+        )
+    return leaf
