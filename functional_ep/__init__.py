@@ -1,0 +1,30 @@
+"""Mixture-of-Experts training as pure functions: the same numbers on every mesh.
+
+The state is a pytree; labels say which leaves follow expert parallelism and which ZeRO-3; the step
+is a function ``(state, batch) -> (state, metrics)``.
+"""
+
+from sharding import Precision
+
+from . import lm
+from .labels import label_by_path
+from .optim import Optimizer, adamw, sgd
+from .schedules import constant, cosine, linear, wsd
+from .state import State, init_state
+from .train_step import make_train_step
+
+__all__ = [
+    "Optimizer",
+    "Precision",
+    "State",
+    "adamw",
+    "constant",
+    "cosine",
+    "init_state",
+    "label_by_path",
+    "linear",
+    "lm",
+    "make_train_step",
+    "sgd",
+    "wsd",
+]

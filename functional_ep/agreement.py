@@ -1,0 +1,53 @@
+"""Agreement: what must be the same on every rank, checked before anything can hang on it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharding import Comm
+from sharding.tree import flatten, path_strings, show
+
+
+def structure_of(batches: tuple[Any, ...]) -> str:
+    """Paths, dtypes and dims of a batch, without sizes: those may differ between ranks.
+
+    >>> structure_of(({"input_ids": torch.zeros(2, 8, dtype=torch.int64)},))
+    "batch[0]['input_ids']: int64 with 2 dims"
+    """
+    leaves, _ = flatten(batches)
+    lines = [
+        f"{show(path, 'batch')}: {_describe(leaf)}"
+        for path, leaf in zip(path_strings(batches), leaves, strict=True)
+    ]
+    return "\n".join(lines)
+
+
+def _describe(leaf: Any) -> str:
+    if isinstance(leaf, Tensor):
+        return f"{str(leaf.dtype)[6:]} with {leaf.dim()} dims"
+    return repr(leaf)
+
+
+def check_agreement(text: str, what: str, comm: Comm) -> None:
+    """Refuse a text that is not the same on every rank.
+
+    Raises:
+        ValueError: on every rank, with what differs and where.
+    """
+    if comm.mesh.size == 1:
+        return
+    axes, mine = comm.mesh.axes, torch.tensor(list(text.encode()), dtype=torch.uint8)
+    sizes = comm.all_gather([torch.tensor([mine.numel()])], axes)[0].tolist()
+    padded = torch.nn.functional.pad(mine, (0, max(sizes) - mine.numel()))
+    rows = comm.all_gather([padded], axes)[0].view(comm.mesh.size, -1)
+    texts = [bytes(row[:size].tolist()).decode() for row, size in zip(rows, sizes, strict=True)]
+    for rank, other in enumerate(texts):
+        if other != texts[0]:
+            first, its = set(texts[0].split("\n")), set(other.split("\n"))
+            raise ValueError(
+                f"the {what} differs between ranks, but all have to make the same calls. "
+                f"Only rank 0 has {sorted(first - its)}, only rank {rank} has {sorted(its - first)}"
+            )

@@ -1,0 +1,83 @@
+"""Causal self-attention with rotary positions.
+
+Shape suffixes: B sequences, S positions, D model, H heads, C channels per head.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch._C._functorch as _functorch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+def rotary_table(
+    positions: int, channels: int, theta: float, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
+    """``cos, sin`` of ``s theta^(-2c/C)``, each ``(S, C/2)`` in float64.
+
+    Source: Su et al., RoFormer, 2021.
+
+    >>> rotary_table(2, 2, 10_000.0)[1].flatten()
+    tensor([0.0000, 0.8415], dtype=torch.float64)
+    """
+    exponents = torch.arange(0, channels, 2, device=device, dtype=torch.float64) / channels
+    places = torch.arange(positions, device=device, dtype=torch.float64)
+    angles_SC = torch.outer(places, theta**-exponents)
+    return angles_SC.cos(), angles_SC.sin()
+
+
+def rotate(x_BHSC: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Each pair of channels ``(c, c + C/2)`` turned by its position's angle.
+
+    >>> x = torch.ones(1, 1, 2, 2)
+    >>> rotate(x, rotary_table(2, 2, 1.0)).norm(dim=-1)
+    tensor([[[1.4142, 1.4142]]])
+    """
+    cos, sin = (t.to(x_BHSC.dtype) for t in table)
+    a, b = x_BHSC.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def attention(
+    x_BSD: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    heads: int,
+    rotary: tuple[Tensor, Tensor],
+    mask_BS: Tensor | None = None,
+) -> Tensor:
+    """``softmax(q k^T / sqrt(C), causal) v``, projected back to D.
+
+    Args:
+        x_BSD: normed input.
+        qkv: ``(3D, D)``, queries above keys above values.
+        out: ``(D, D)``.
+        heads: H.
+        rotary: from :func:`rotary_table`.
+        mask_BS: False at positions that none may attend to (but themselves).
+    """
+    b, s, d = x_BSD.shape
+    q, k, v = F.linear(x_BSD, qkv).view(b, s, 3, heads, d // heads).permute(2, 0, 3, 1, 4).unbind()
+    q, k = rotate(q, rotary), rotate(k, rotary)
+    allowed: Tensor | None = None
+    if mask_BS is not None:
+        causal = torch.ones(s, s, dtype=torch.bool, device=x_BSD.device).tril()
+        itself = torch.eye(s, dtype=torch.bool, device=x_BSD.device)
+        allowed = (causal & mask_BS[:, None, None, :]) | itself
+    with _kernel():
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=allowed is None)
+    return F.linear(y.transpose(1, 2).reshape(b, s, d), out)
+
+
+def _kernel() -> AbstractContextManager[Any]:
+    """Fused attention has neither forward mode nor lanes nor a second derivative; plain has all."""
+    stack = _functorch.get_interpreter_stack()
+    grad = _functorch.TransformType.Grad
+    if not stack or (len(stack) == 1 and stack[0].key() == grad):
+        return nullcontext()
+    return sdpa_kernel(SDPBackend.MATH)

@@ -1,0 +1,244 @@
+"""Byte-level corpora. Which bytes a step sees depends on (seed, step) alone, on every mesh."""
+
+import lzma
+import math
+import os
+import sysconfig
+from collections.abc import Iterator, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+"""The label of a position that has no next byte; the loss leaves it out."""
+
+VALIDATION_SHARE = 0.05
+
+Batch = dict[str, Tensor]
+
+
+class Corpus(NamedTuple):
+    """Two uint8 vectors with no byte in common, and a sentence that says where they come from."""
+
+    train: Tensor
+    valid: Tensor
+    origin: str
+
+
+class Baselines(NamedTuple):
+    """What compresses the same bytes without a model, in bits per byte."""
+
+    unigram: float
+    xz: float
+
+
+def standard_library() -> Corpus:
+    """The Python sources of the running interpreter's standard library, without its tests."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    foreign = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+    files = {
+        path.relative_to(root).as_posix(): path
+        for path in root.rglob("*.py")
+        if foreign.isdisjoint(path.relative_to(root).parts)
+    }
+    return _split(sorted(files.items()), f"Python's standard library, {root}")
+
+
+def read(paths: Sequence[str | Path]) -> Corpus:
+    """The bytes of files and, recursively, of directories, without their hidden entries.
+
+    Split by file: the digest of a file's path relative to the given directory decides whether it
+    trains or validates (about 5 %), so neither other files nor the place of the directory move it.
+    Each side keeps one file even where chance says otherwise. A single file is split by bytes: its
+    last 5 % validate. A file that two paths lead to counts once.
+
+    Raises:
+        OSError: a path that does not exist or cannot be read.
+        ValueError: no bytes at all, or none on one side.
+    """
+    named = [item for path in paths for item in sorted(_files(Path(path)))]
+    once = {path.resolve(): (name, path) for name, path in reversed(named)}
+    return _split(list(once.values()), ", ".join(map(str, paths)))
+
+
+def share(total: int, rank: int, ranks: int) -> slice:
+    """[rank total // ranks, (rank + 1) total // ranks): sizes differ by one at most.
+
+    >>> [share(5, rank, 3) for rank in range(3)]
+    [slice(0, 1, None), slice(1, 3, None), slice(3, 5, None)]
+    """
+    return slice(rank * total // ranks, (rank + 1) * total // ranks)
+
+
+def batch(
+    text: Tensor,
+    seed: int,
+    step: int,
+    *,
+    sequences: int,
+    length: int,
+    rank: int = 0,
+    ranks: int = 1,
+) -> Batch:
+    """This rank's share of a step's global batch: ``sequences`` windows at random places.
+
+    The places depend on (seed, step) alone, so any number of ranks draws the same global batch, and
+    a run resumes at any step without replaying those before. Labels are the next bytes.
+
+    Shapes: ``input_ids`` and ``labels`` int64 [share of sequences, length]; the share may be empty.
+
+    Raises:
+        ValueError: ``text`` is shorter than one window of ``length + 1`` bytes.
+
+    >>> text = torch.arange(100, dtype=torch.uint8)
+    >>> both = [batch(text, 0, 7, sequences=3, length=4, rank=r, ranks=2) for r in range(2)]
+    >>> [tuple(b["input_ids"].shape) for b in both]
+    [(1, 4), (2, 4)]
+    >>> bool((both[1]["labels"] == both[1]["input_ids"] + 1).all())
+    True
+    """
+    _check_train(text, length)
+    digest = blake2b(f"{seed}/{step}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    starts = torch.randint(len(text) - length, (sequences,), generator=generator)
+    mine = starts[share(sequences, rank, ranks)]
+    rows = text[mine[:, None] + torch.arange(length + 1)].long()
+    return {"input_ids": rows[:, :-1], "labels": rows[:, 1:]}
+
+
+def windows(
+    text: Tensor, *, sequences: int, length: int, rank: int = 0, ranks: int = 1
+) -> Iterator[Batch]:
+    """Contiguous windows in batches: over all ranks, each byte but the first is predicted once.
+
+    The last window is padded with labels -100. Every rank gets the same number of batches, so all
+    of them meet in every collective; a rank's share of a batch may be empty.
+
+    Raises:
+        ValueError: ``text`` has fewer than two bytes, so there is nothing to predict.
+
+    >>> [b["labels"].tolist() for b in windows(torch.arange(6), sequences=2, length=3)]
+    [[[1, 2, 3], [4, 5, -100]]]
+    """
+    _check_valid(text)
+    rows = -(-(len(text) - 1) // length)
+    input_ids = torch.zeros(rows * length, dtype=torch.int64)
+    labels = torch.full((rows * length,), IGNORED)
+    input_ids[: len(text) - 1] = text[:-1]
+    labels[: len(text) - 1] = text[1:]
+    for first in range(0, rows, sequences):
+        count = min(sequences, rows - first)
+        mine = share(count, rank, ranks)
+        rows_of = slice(first + mine.start, first + mine.stop)
+        yield {
+            "input_ids": input_ids.view(rows, length)[rows_of],
+            "labels": labels.view(rows, length)[rows_of],
+        }
+
+
+def baselines(text: Tensor) -> Baselines:
+    """Bits per byte of ``text[1:]``, the very bytes that `windows` asks for.
+
+    ``unigram`` is the entropy of their frequencies, ``xz`` the size that ``xz -9e`` makes of them.
+
+    >>> baselines(torch.tensor([0, 1, 2, 1, 2], dtype=torch.uint8)).unigram
+    1.0
+    """
+    predicted = text[1:]
+    frequency = torch.bincount(predicted.long()).double() / len(predicted)
+    packed = lzma.compress(bytes(predicted.tolist()), preset=9 | lzma.PRESET_EXTREME)
+    return Baselines(
+        unigram=torch.special.entr(frequency).sum().item() / math.log(2),
+        xz=8 * len(packed) / len(predicted),
+    )
+
+
+def check(corpus: Corpus, length: int) -> None:
+    """Refuse a corpus too short for windows of ``length + 1`` bytes, before any step is made."""
+    _check_train(corpus.train, length)
+    _check_valid(corpus.valid)
+
+
+def _check_train(text: Tensor, length: int) -> None:
+    if len(text) <= length:
+        raise ValueError(
+            f"the training text has {len(text)} bytes, fewer than one window of "
+            f"seq + 1 = {length + 1}; give more --data, or a smaller seq"
+        )
+
+
+def _check_valid(text: Tensor) -> None:
+    if len(text) < 2:
+        raise ValueError(
+            f"the validation text has {len(text)} bytes, and predicting needs 2; give more --data"
+        )
+
+
+def _files(path: Path) -> Iterator[tuple[str, Path]]:
+    if path.is_file():
+        yield path.name, path
+    elif path.is_dir():
+        for file in path.rglob("*"):
+            name = file.relative_to(path)
+            if file.is_file() and not any(part.startswith(".") for part in name.parts):
+                yield name.as_posix(), file
+    else:
+        raise FileNotFoundError(
+            f"--data {path}: no such file or directory (looked from {Path.cwd()}); "
+            f"give an existing path"
+        )
+
+
+def _split(files: Sequence[tuple[str, Path]], origin: str) -> Corpus:
+    texts = [(name, _bytes(path)) for name, path in files]
+    texts = sorted(((name, text) for name, text in texts if text), key=lambda item: _place(item[0]))
+    if not texts:
+        raise ValueError(
+            f"no bytes to train on: {origin} holds {len(files)} files, none with any content; "
+            f"give --data a file or a directory that has text"
+        )
+    if len(texts) == 1:
+        return _split_bytes(texts[0][1], origin)
+    validating = sum(_place(name) < VALIDATION_SHARE for name, _ in texts)
+    validating = min(max(validating, 1), len(texts) - 1)
+    train, valid = (
+        _tensor(b"".join(text for _, text in side))
+        for side in (texts[validating:], texts[:validating])
+    )
+    return Corpus(
+        train,
+        valid,
+        f"{origin}: {len(texts)} files, {validating} of them for validation "
+        f"({len(train):,} + {len(valid):,} bytes)",
+    )
+
+
+def _split_bytes(text: bytes, origin: str) -> Corpus:
+    cut = len(text) - max(int(len(text) * VALIDATION_SHARE), 1)
+    if cut < 1:
+        raise ValueError(f"{origin} has one byte in all, nothing to split; give more --data")
+    return Corpus(
+        _tensor(text[:cut]),
+        _tensor(text[cut:]),
+        f"{origin}: a single file, so its last {len(text) - cut:,} of {len(text):,} bytes validate",
+    )
+
+
+def _place(name: str) -> float:
+    return int.from_bytes(blake2b(os.fsencode(name), digest_size=8).digest(), "big") / 2**64
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise OSError(
+            f"cannot read {path}: {error.strerror}; make it readable, or leave it out of --data"
+        ) from error
+
+
+def _tensor(text: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)

@@ -1,0 +1,105 @@
+"""Sums and their gradients: what a rank's tokens contribute, before anything is divided."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharding import Comm, Plan
+from sharding.collectives import Collective, apply
+from sharding.comm import Op
+from sharding.tree import flatten
+
+Loss = Callable[[Any, Any], tuple[Any, ...]]
+Aux = dict[str, Tensor]
+Sums = tuple[list[Tensor], Tensor, Tensor, Aux]
+
+
+def accumulate(loss: Loss, plan: Plan, shards: list[Tensor], batches: Sequence[Any]) -> Sums:
+    """``(gradient, sum, count, aux)`` added over microbatches.
+
+    The gradients belong to the caller: none shares memory with a parameter, a batch or another.
+    """
+    grads, total, count, aux = _sums(loss, plan, shards, batches[0])
+    for batch in batches[1:]:
+        more, more_total, more_count, more_aux = _sums(loss, plan, shards, batch)
+        grads = [g + h for g, h in zip(grads, more, strict=True)]
+        total, count = total + more_total, count + more_count
+        aux = {name: aux[name] + more_aux[name] for name in aux}
+    if not torch._C._are_functorch_transforms_active():
+        grads = _own(grads, [*shards, *flatten(batches)[0]])
+    return grads, total, count, aux
+
+
+def sum_over_ranks(xs: Sequence[Tensor], comm: Comm) -> list[Tensor]:
+    """``sum over all ranks`` of each tensor, in one message; differentiable."""
+    if comm.mesh.size == 1:
+        return list(xs)
+    return list(apply(Collective(Op("all_reduce", comm.mesh.axes)), xs, comm))
+
+
+def _sums(loss: Loss, plan: Plan, shards: list[Tensor], batch: Any) -> Sums:
+    """By plain autograd where no transform is active: it costs less Python, and the same bits."""
+
+    def total_and_rest(*leaves: Tensor) -> tuple[Tensor, tuple[Tensor, Aux]]:
+        total, count, aux = _checked(loss(plan.unflatten(list(leaves)), batch))
+        return total, (count, aux)
+
+    if torch._C._are_functorch_transforms_active():
+        total, pull, *rest = torch.func.vjp(total_and_rest, *shards, has_aux=True)
+        ((count, aux),) = rest
+        return list(pull(torch.ones_like(total))), total, count, aux
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in shards]
+        total, (count, aux) = total_and_rest(*leaves)
+    if not total.requires_grad:
+        raise ValueError(
+            "the loss does not depend on the shards it was given: gather them inside it, with "
+            "sharded(f, plan, comm)(shards, ...), and compute on the view"
+        )
+    grads = list(torch.autograd.grad(total, leaves, materialize_grads=True))
+    return grads, total.detach(), count, {name: x.detach() for name, x in aux.items()}
+
+
+def _checked(result: Any) -> tuple[Tensor, Tensor, Aux]:
+    """A loss's result, or an error that says what it should have been."""
+    right = (
+        "a loss returns (sum, count) or (sum, count, aux) over this rank's tokens, and the step "
+        "divides by the count of all ranks; wrong: return cross_entropy(..., reduction='mean'); "
+        "right: return cross_entropy(..., reduction='sum'), targets.numel()"
+    )
+    if not isinstance(result, tuple) or len(result) not in (2, 3):
+        kind = "a single tensor" if isinstance(result, Tensor) else f"a {type(result).__name__}"
+        raise ValueError(f"the loss returned {kind}: {right}")
+    total, count, *rest = result
+    if not isinstance(total, Tensor) or total.dim() or not total.is_floating_point():
+        raise ValueError(f"the loss's sum is {_show(total)}, not a floating-point scalar: {right}")
+    if isinstance(count, int):
+        count = torch.tensor(count, device=total.device)
+    if not isinstance(count, Tensor) or count.dim():
+        raise ValueError(f"the loss's count is {_show(count)}, not an integer scalar: {right}")
+    if count.requires_grad:
+        raise ValueError(f"the loss's count depends on the parameters: {right}")
+    aux = rest[0] if rest else {}
+    if not isinstance(aux, dict) or not all(isinstance(x, Tensor) for x in aux.values()):
+        raise ValueError(f"the loss's aux is {_show(aux)}, not a dict of tensors: {right}")
+    return total, count, aux
+
+
+def _show(x: Any) -> str:
+    return f"a tensor {tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else repr(x)
+
+
+def _own(grads: list[Tensor], inputs: Sequence[Any]) -> list[Tensor]:
+    """Gradients in memory of their own: autograd may hand out an input, or one tensor twice."""
+    taken = {x.untyped_storage().data_ptr() for x in inputs if isinstance(x, Tensor) and x.numel()}
+    seen: set[int] = set()
+    own: list[Tensor] = []
+    for g in grads:
+        shared = g.untyped_storage().data_ptr() in taken or g.data_ptr() in seen
+        own.append(g.clone() if shared and g.numel() else g.contiguous())
+        seen.add(own[-1].data_ptr())
+    return own

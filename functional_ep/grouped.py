@@ -1,0 +1,182 @@
+"""Grouped products: one matrix product per expert, over rows sorted by expert.
+
+    grouped_mm(x, w)_e    = x_e w_e^T       [R, I], [e, O, I] -> [R, O]
+    grouped_outer(g, x)_e = g_e^T x_e       [R, O], [R, I] -> [e, O, I]
+
+Each is bilinear and the other is its transpose, so the two are closed under every derivative; lanes
+of a vmap become more rows, more columns or more experts of one product. Each result is one tensor,
+written once: an expert without rows costs nothing but its zero gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharding.closed import closed
+from sharding.node import Node
+
+Counts = tuple[int, ...]
+
+
+def grouped_mm(x: Tensor, w: Tensor, counts: Sequence[int]) -> Tensor:
+    """``y_e = x_e w_e^T``: rows ``(R, I)`` sorted by expert, weights ``(e, O, I)`` -> ``(R, O)``.
+
+    Args:
+        x: rows; the first ``counts[0]`` belong to expert 0, and so on.
+        w: one matrix per expert, output dim first.
+        counts: rows per expert, on the host; they add up to R.
+
+    Raises:
+        ValueError: counts that do not add up to the rows, or are not one per expert.
+
+    >>> grouped_mm(torch.ones(3, 2), torch.tensor([[[1.0, 1.0]], [[2.0, 2.0]]]), [1, 2])
+    tensor([[2.],
+            [4.],
+            [4.]])
+    """
+    if len(counts) != w.shape[0] or sum(counts) != x.shape[0]:
+        raise ValueError(
+            f"grouped_mm: counts {tuple(counts)} for {x.shape[0]} rows and {w.shape[0]} experts"
+        )
+    return _GroupedMm.apply(x, w, tuple(counts))
+
+
+def grouped_outer(g: Tensor, x: Tensor, counts: Sequence[int]) -> Tensor:
+    """``o_e = g_e^T x_e``: rows ``(R, O)`` and ``(R, I)`` sorted by expert -> ``(e, O, I)``.
+
+    Raises:
+        ValueError: counts that do not add up to the rows of both.
+
+    >>> grouped_outer(torch.ones(3, 1), torch.ones(3, 2), [1, 2])
+    tensor([[[1., 1.]],
+    <BLANKLINE>
+            [[2., 2.]]])
+    """
+    if not sum(counts) == g.shape[0] == x.shape[0]:
+        raise ValueError(
+            f"grouped_outer: counts {tuple(counts)} for {g.shape[0]} and {x.shape[0]} rows"
+        )
+    return _GroupedOuter.apply(g, x, tuple(counts))
+
+
+def _offsets(counts: Counts, device: torch.device) -> Tensor:
+    return torch.tensor(counts, device=device).cumsum(0).to(torch.int32)
+
+
+def _has_kernel(x: Tensor, columns: int) -> bool:
+    """Whether torch's grouped kernel takes this; on CPU it is no faster than a loop."""
+    aligned = x.shape[1] % 8 == 0 and columns % 8 == 0
+    return x.is_cuda and x.dtype == torch.bfloat16 and aligned and x.shape[0] > 0
+
+
+class _GroupedMm(Node):
+    @staticmethod
+    def forward(x: Tensor, w: Tensor, counts: Counts) -> Tensor:
+        if _has_kernel(x, w.shape[1]):
+            offsets = _offsets(counts, x.device)
+            return torch.nn.functional.grouped_mm(x.contiguous(), w.mT, offs=offsets)
+        y = x.new_empty(x.shape[0], w.shape[1])
+        for x_e, w_e, y_e in zip(x.split(counts), w.unbind(), y.split(counts), strict=True):
+            if len(x_e):
+                torch.mm(x_e, w_e.t(), out=y_e)
+        return y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, w, ctx.counts = inputs
+        ctx.save_for_backward(x, w)
+        ctx.save_for_forward(x, w)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        (g,), (x, w) = grads, ctx.saved_tensors
+        to_x, to_w, _ = ctx.needs_input_grad
+        dx = _GroupedMm.apply(g, w.mT, ctx.counts) if to_x else None
+        return dx, _GroupedOuter.apply(g, x, ctx.counts) if to_w else None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        (dx, dw, _), (x, w) = tangents, ctx.saved_tensors
+        from_x = None if dx is None else _GroupedMm.apply(dx, w, ctx.counts)
+        from_w = None if dw is None else _GroupedMm.apply(x, dw, ctx.counts)
+        return _add(from_x, from_w)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        x, w, counts = args
+        lanes, (dx, dw, _) = info.batch_size, in_dims
+        if dw is None:  # more rows of each expert
+            x = x.movedim(dx, 1)
+            y = _GroupedMm.apply(x.flatten(0, 1), w, tuple(c * lanes for c in counts))
+            return y.unflatten(0, (x.shape[0], lanes)), 1
+        w = w.movedim(dw, 1)  # e, lanes, O, I
+        if dx is None:  # more columns
+            y = _GroupedMm.apply(x, w.flatten(1, 2), counts)
+            return y.unflatten(1, (lanes, w.shape[2])), 1
+        x, w = x.movedim(dx, 0), w.transpose(0, 1)  # more experts
+        y = _GroupedMm.apply(x.flatten(0, 1), w.flatten(0, 1), counts * lanes)
+        return y.unflatten(0, (lanes, x.shape[1])), 0
+
+
+class _GroupedOuter(Node):
+    @staticmethod
+    def forward(g: Tensor, x: Tensor, counts: Counts) -> Tensor:
+        if _has_kernel(x, g.shape[1]):
+            offsets = _offsets(counts, x.device)
+            return torch.nn.functional.grouped_mm(g.t(), x.contiguous(), offs=offsets)
+        o = x.new_empty(len(counts), g.shape[1], x.shape[1])
+        for g_e, x_e, o_e in zip(g.split(counts), x.split(counts), o.unbind(), strict=True):
+            if len(x_e):
+                torch.mm(g_e.t(), x_e, out=o_e)
+            else:
+                o_e.zero_()
+        return o
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        g, x, ctx.counts = inputs
+        ctx.save_for_backward(g, x)
+        ctx.save_for_forward(g, x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        (c,), (g, x) = grads, ctx.saved_tensors
+        to_g, to_x, _ = ctx.needs_input_grad
+        dg = _GroupedMm.apply(x, c, ctx.counts) if to_g else None
+        return dg, _GroupedMm.apply(g, c.mT, ctx.counts) if to_x else None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        (dg, dx, _), (g, x) = tangents, ctx.saved_tensors
+        from_g = None if dg is None else _GroupedOuter.apply(dg, x, ctx.counts)
+        from_x = None if dx is None else _GroupedOuter.apply(g, dx, ctx.counts)
+        return _add(from_g, from_x)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        g, x, counts = args
+        lanes, (dg, dx, _) = info.batch_size, in_dims
+        if dx is None:
+            g = g.movedim(dg, 1)  # R, lanes, O: more rows of the result
+            o = _GroupedOuter.apply(g.flatten(1), x, counts)
+            return o.unflatten(1, (lanes, g.shape[2])), 1
+        if dg is None:
+            x = x.movedim(dx, 1)  # R, lanes, I: more columns of the result
+            o = _GroupedOuter.apply(g, x.flatten(1), counts)
+            return o.unflatten(2, (lanes, x.shape[2])), 2
+        g, x = g.movedim(dg, 0), x.movedim(dx, 0)  # more experts
+        o = _GroupedOuter.apply(g.flatten(0, 1), x.flatten(0, 1), counts * lanes)
+        return o.unflatten(0, (lanes, len(counts))), 0
+
+
+def _add(a: Tensor | None, b: Tensor | None) -> Tensor:
+    if a is None or b is None:
+        present = b if a is None else a
+        assert present is not None
+        return present
+    # A node of its own: torch turns forward mode off in a jvp, for all levels and not just this.
+    return closed(lambda a, b: (a + b,))(a, b)[0]

@@ -1,0 +1,142 @@
+"""Mixture of experts: ``route -> dispatch -> expert_ffn -> combine``, each a pure function.
+
+Shape suffixes: T tokens, D model, F hidden, E experts, e local experts, K choices, R received
+rows. Expert ids are global; the ranks along the expert axes hold ``e = E / ranks`` of them each,
+in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sharding.closed import closed, is_mapped
+from sharding.collectives import all_to_all
+from sharding.comm import Comm
+from sharding.mesh import Axes
+
+from .grouped import grouped_mm
+from .permute import Order, collect, sort_order, spread
+from .routing import Routing, count_experts
+from .swiglu import swiglu
+
+
+class Dispatched(NamedTuple):
+    """Rows at the experts that they chose, and the way back."""
+
+    rows_RD: Tensor  # sorted by local expert
+    counts_e: tuple[int, ...]  # how many of them belong to each local expert
+    by_expert: Order  # this rank's T K choices, sorted by global expert
+    on_arrival: Order | None  # received rows, sorted by local expert; None: they came in order
+    sent: tuple[int, ...]  # rows to each rank of the expert axes
+    received: tuple[int, ...]  # rows from each
+
+
+def dispatch(x_TD: Tensor, ids_TK: Tensor, experts: int, axes: Axes, comm: Comm) -> Dispatched:
+    """A row of ``x`` for every choice, at the rank and in the place of the chosen expert.
+
+    Expert ``q E/n + j`` is local expert j of the q-th of the n ranks along ``axes``. A rank without
+    tokens and an expert without rows are ordinary: every rank takes part in every exchange.
+
+    Args:
+        x_TD: this rank's tokens.
+        ids_TK: their choices, global ids.
+        experts: E, the number of experts over all ranks.
+        axes: the mesh axes that split the experts; none: all are local.
+        comm: the ranks.
+
+    Raises:
+        ValueError: ids out of range, or experts that do not divide by the ranks.
+
+    >>> from sharding import Mesh, simulate
+    >>> x, ids = torch.tensor([[1.0], [2.0]]), torch.tensor([[1], [0]])
+    >>> simulate(lambda comm: dispatch(x, ids, 2, ("ep",), comm).rows_RD.tolist(), Mesh(ep=2))
+    [[[2.0], [2.0]], [[1.0], [1.0]]]
+    """
+    ranks = comm.mesh.count(axes)
+    if experts % ranks:
+        raise ValueError(f"{experts} experts do not divide by the {ranks} ranks along {axes}")
+    counts_E = count_experts(ids_TK, experts)
+    by_expert = sort_order(ids_TK.reshape(-1))
+    rows = spread(x_TD, by_expert, ids_TK.shape[-1])
+    if ranks == 1:
+        return Dispatched(rows, tuple(counts_E.tolist()), by_expert, None, (), ())
+    local = experts // ranks
+    even = (local,) * ranks
+    (arriving,) = comm.all_to_all([counts_E], axes, even, even)
+    arriving_qe = arriving.view(ranks, local)
+    # Splits have to reach the host; one transfer brings all of them.
+    leaving_q = counts_E.view(ranks, local).sum(1)
+    numbers = torch.cat([leaving_q, arriving_qe.sum(1), arriving_qe.sum(0)])
+    host = tuple(numbers.tolist())
+    sent, received, counts_e = host[:ranks], host[ranks : 2 * ranks], host[2 * ranks :]
+    rows = all_to_all(rows, axes, comm, sent, received)
+    local_ids = torch.arange(local, device=rows.device).repeat(ranks)
+    on_arrival = sort_order(torch.repeat_interleave(local_ids, arriving, output_size=sum(received)))
+    return Dispatched(spread(rows, on_arrival), counts_e, by_expert, on_arrival, sent, received)
+
+
+def expert_ffn(gate_up: Tensor, down: Tensor, rows_RD: Tensor, counts_e: tuple[int, ...]) -> Tensor:
+    """``down_e (silu(gate_e x) * up_e x)`` for each row x of local expert e: SwiGLU.
+
+    Args:
+        gate_up: ``(e, 2F, D)``, gate above up.
+        down: ``(e, D, F)``.
+        rows_RD: sorted by local expert.
+        counts_e: rows per local expert.
+    """
+    return grouped_mm(swiglu(grouped_mm(rows_RD, gate_up, counts_e)), down, counts_e)
+
+
+def combine(
+    rows_RD: Tensor, scores_TK: Tensor, dispatched: Dispatched, axes: Axes, comm: Comm
+) -> Tensor:
+    """``y_t = sum_k score_tk row_tk``: the rows back at their tokens, weighed and summed."""
+    rows, way = rows_RD, dispatched
+    if way.on_arrival is not None:
+        rows = collect(rows, way.on_arrival)
+        rows = all_to_all(rows, axes, comm, way.received, way.sent)
+    weights = spread(scores_TK.reshape(-1, 1), way.by_expert)
+    return collect(rows * weights.to(rows.dtype), way.by_expert, scores_TK.shape[-1])
+
+
+def moe(
+    experts: Mapping[str, Tensor], x_TD: Tensor, routing: Routing, axes: Axes, comm: Comm
+) -> Tensor:
+    """``y_t = sum_k score_tk FFN_{id_tk}(x_t)``, for experts that other ranks may hold.
+
+    Differentiable to any order in the experts, the tokens and the scores, and closed under ``vmap``
+    (lanes that route differently run one after another).
+
+    Args:
+        experts: this rank's view, ``gate_up (e, 2F, D)`` and ``down (e, D, F)``.
+        x_TD: this rank's tokens.
+        routing: where they go.
+        axes: the mesh axes that split the experts.
+        comm: the ranks; all of a fiber along ``axes`` must call.
+
+    >>> from sharding import Mesh, simulate
+    >>> from functional_ep.routing import route
+    >>> experts = {"gate_up": torch.ones(2, 2, 1), "down": torch.ones(2, 1, 1)}
+    >>> def program(comm):
+    ...     x = torch.ones(3, 1)
+    ...     mine = {name: w[comm.rank :][:1] for name, w in experts.items()}
+    ...     return moe(mine, x, route(torch.zeros(3, 2), k=2), ("ep",), comm)
+    >>> simulate(program, Mesh(ep=2))[0].flatten()
+    tensor([0.7311, 0.7311, 0.7311])
+    """
+    total = routing.probs_TE.shape[-1]
+
+    def run(
+        x_TD: Tensor, ids_TK: Tensor, scores_TK: Tensor, gate_up: Tensor, down: Tensor
+    ) -> tuple[Tensor]:
+        way = dispatch(x_TD, ids_TK, total, axes, comm)
+        rows_RD = expert_ffn(gate_up, down, way.rows_RD, way.counts_e)
+        return (combine(rows_RD, scores_TK, way, axes, comm),)
+
+    # Where the rows go decides shapes, which lanes of a vmap cannot differ in.
+    call = closed(run, lanes="loop") if is_mapped(routing.ids_TK) else run
+    return call(x_TD, routing.ids_TK, routing.scores_TK, experts["gate_up"], experts["down"])[0]

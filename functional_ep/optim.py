@@ -1,0 +1,202 @@
+"""Optimizers: pure pairs of ``init`` and ``update`` that hold moments only.
+
+Every hyperparameter is a number or a schedule of the step, so that no label's learning rate can go
+stale. ``update`` works on lists of shards; it is elementwise, so it commutes with sharding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sharding import Plan
+
+from .schedules import Schedule, at
+
+Moments = dict[str, dict[str, Tensor]]
+Leaves = list[Tensor]
+
+VECTOR = 16  # entries; a multiple of every CPU's vector register, float32 and wider
+
+
+class Optimizer(NamedTuple):
+    """``moments = init(params)``, ``params, moments = update(step, params, grads, moments, ...)``.
+
+    ``init`` maps ``{path: shard}`` to ``{moment: {path: tensor}}``. ``update`` takes lists in one
+    order: parameters, gradients and, by name, moments. It returns new tensors; with ``donate`` it
+    writes into the given ones, to the same bits. ``rate`` is the learning rate's schedule.
+
+    >>> params, gradients = [torch.ones(2)], [torch.ones(2)]
+    >>> sgd(0.1).update(torch.tensor(0), params, gradients, {}, False)[0]
+    [tensor([0.9000, 0.9000])]
+    """
+
+    init: Callable[[dict[str, Tensor]], Moments]
+    update: Callable[
+        [Tensor, Leaves, Leaves, dict[str, Leaves], bool], tuple[Leaves, dict[str, Leaves]]
+    ]
+    rate: Schedule
+
+
+def by_label(optimizers: Optimizer | Mapping[str, Optimizer], plan: Plan) -> dict[str, Optimizer]:
+    """An optimizer for each label in use.
+
+    Raises:
+        ValueError: labels and optimizers that do not match; both sets are named.
+    """
+    if isinstance(optimizers, Optimizer):
+        return dict.fromkeys(plan.labels, optimizers)
+    if set(optimizers) != set(plan.labels):
+        raise ValueError(
+            f"optimizers are given for {sorted(optimizers)}, but the labels are "
+            f"{sorted(plan.labels)}: give one for each label, or a single one for all"
+        )
+    return {label: optimizers[label] for label in plan.labels}
+
+
+def sgd(
+    lr: float | Schedule,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+    weight_decay: float | Schedule = 0.0,
+) -> Optimizer:
+    """``m' = momentum m + g + wd p;  p' = p - lr m'``, or ``p - lr (g + wd p + momentum m')``.
+
+    The same as ``torch.optim.SGD``; the second form is Nesterov's.
+
+    Raises:
+        ValueError: Nesterov without momentum.
+
+    >>> step, p, g = torch.tensor(0), [torch.ones(1)], [torch.ones(1)]
+    >>> sgd(0.1).update(step, p, g, {}, False)[0]
+    [tensor([0.9000])]
+    """
+    if nesterov and not momentum:
+        raise ValueError("sgd: nesterov=True needs a momentum greater than 0")
+
+    def init(params: dict[str, Tensor]) -> Moments:
+        return {"m": _zeros(params)} if momentum else {}
+
+    def update(
+        step: Tensor, params: Leaves, grads: Leaves, moments: dict[str, Leaves], donate: bool
+    ) -> tuple[Leaves, dict[str, Leaves]]:
+        rate, decay = at(lr, step), at(weight_decay, step)
+        new: Leaves = []
+        ms: Leaves = []
+        for i, (p, g) in enumerate(zip(params, grads, strict=True)):
+            d = g + decay.to(g.dtype) * p if weight_decay else g
+            if momentum:
+                m = momentum * moments["m"][i] + d
+                ms.append(_settle(moments["m"][i], m, donate))
+                d = d + momentum * m if nesterov else m
+            new.append(_settle(p, p - rate.to(p.dtype) * d, donate))
+        return new, {"m": ms} if momentum else {}
+
+    return Optimizer(init, update, lambda step: at(lr, step))
+
+
+def adamw(
+    lr: float | Schedule,
+    b1: float = 0.9,
+    b2: float = 0.95,
+    eps: float = 1e-8,
+    weight_decay: float | Schedule = 0.1,
+) -> Optimizer:
+    """``p' = (1 - lr wd) p - lr m^ / (sqrt(v^) + eps)``, as ``torch.optim.AdamW``.
+
+    ``m' = b1 m + (1 - b1) g``, ``v' = b2 v + (1 - b2) g^2``, and ``^`` divides by ``1 - b^t``.
+    Source: Loshchilov, Hutter, Decoupled Weight Decay Regularization, 2019.
+
+    >>> step, p, g = torch.tensor(0), [torch.ones(1)], [torch.ones(1)]
+    >>> zeros = {"m": [torch.zeros(1)], "v": [torch.zeros(1)]}
+    >>> adamw(0.1, weight_decay=0.0).update(step, p, g, zeros, False)[0]
+    [tensor([0.9000])]
+    """
+
+    def init(params: dict[str, Tensor]) -> Moments:
+        return {"m": _zeros(params), "v": _zeros(params)}
+
+    def update(
+        step: Tensor, params: Leaves, grads: Leaves, moments: dict[str, Leaves], donate: bool
+    ) -> tuple[Leaves, dict[str, Leaves]]:
+        rate, decay = at(lr, step), at(weight_decay, step)
+        if torch._C._are_functorch_transforms_active():
+            return _adamw_formula(step, params, grads, moments, (rate, decay, b1, b2, eps))
+        own = list if donate else _copies
+        p, m, v = own(params), own(moments["m"]), own(moments["v"])
+        hyper = dict(lr=float(rate), beta1=b1, beta2=b2, weight_decay=float(decay), eps=eps)
+        for columns in _whole_vectors(p, grads, m, v):
+            clock = (step + 1).to(columns[0][0].device, torch.float32)
+            steps = [clock] * len(columns[0])
+            # Its stub knows neither unpacked lists nor unpacked keywords.
+            torch._fused_adamw_(  # pyright: ignore[reportCallIssue]
+                *columns, [], steps, **hyper, amsgrad=False, maximize=False
+            )
+        return p, {"m": m, "v": v}
+
+    return Optimizer(init, update, lambda step: at(lr, step))
+
+
+Hyper = tuple[Tensor, Tensor, float, float, float]
+
+
+def _adamw_formula(
+    step: Tensor, params: Leaves, grads: Leaves, moments: dict[str, Leaves], hyper: Hyper
+) -> tuple[Leaves, dict[str, Leaves]]:
+    """The same update in differentiable operations, for use under transforms."""
+    rate, decay, b1, b2, eps = hyper
+    t = (step + 1).to(torch.float64)
+    correct1, correct2 = 1 - b1**t, 1 - b2**t
+    ps: Leaves = []
+    ms: Leaves = []
+    vs: Leaves = []
+    for p, g, m, v in zip(params, grads, moments["m"], moments["v"], strict=True):
+        ms.append(m + (1 - b1) * (g - m))
+        vs.append(b2 * v + (1 - b2) * g * g)
+        root = (vs[-1] / correct2.to(p.dtype)).sqrt() + eps
+        decayed = p * (1 - rate * decay).to(p.dtype)
+        ps.append(decayed - (rate / correct1).to(p.dtype) * ms[-1] / root)
+    return ps, {"m": ms, "v": vs}
+
+
+def _whole_vectors(*columns: Leaves) -> Iterator[tuple[Leaves, ...]]:
+    """The same lists in pieces whose sizes are multiples of a vector register's.
+
+    The fused CPU kernel rounds the last, partial vector of a tensor otherwise than full ones, so an
+    entry's bits would depend on where the shard it lives in ends.
+    """
+    whole: tuple[Leaves, ...] = tuple([] for _ in columns)
+    rest: tuple[Leaves, ...] = tuple([] for _ in columns)
+    for leaves in zip(*columns, strict=True):
+        size = leaves[0].numel()
+        cut = size if leaves[0].is_cuda else size - size % VECTOR
+        for column, tail, x in zip(whole, rest, leaves, strict=True):
+            column.append(x[:cut])
+            tail.append(x[cut:])
+    if whole[0]:
+        yield whole
+    ends = [i for i, x in enumerate(rest[0]) if x.numel()]
+    if ends:
+        filled = tuple(
+            [torch.nn.functional.pad(tail[i], (0, VECTOR - tail[i].numel())) for i in ends]
+            for tail in rest
+        )
+        yield filled
+        for tail, column in zip(rest, filled, strict=True):
+            for i, x in zip(ends, column, strict=True):
+                tail[i].copy_(x[: tail[i].numel()])
+
+
+def _zeros(params: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {path: torch.zeros_like(p) for path, p in params.items()}
+
+
+def _copies(xs: Leaves) -> Leaves:
+    return [x.clone() for x in xs]
+
+
+def _settle(old: Tensor, new: Tensor, donate: bool) -> Tensor:
+    return old.copy_(new) if donate else new

@@ -1,0 +1,206 @@
+"""The train step: sum everything, divide once, clip by the one global norm, step each label.
+
+In four lines::
+
+    grads, (total, count) = sums over this rank's tokens; gather and reduce happen inside the loss
+    grads = grads / psum(count)                               every label alike
+    grads = grads * min(1, clip / (norm + 1e-6))              one norm, copies counted once
+    params, opt = update each label with its optimizer        one clock
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharding import Comm, Plan
+from sharding.tree import flatten, unflatten
+
+from .agreement import check_agreement, structure_of
+from .differentiate import Loss, accumulate, sum_over_ranks
+from .optim import Leaves, Optimizer, by_label
+from .state import State
+
+Metrics = dict[str, Tensor]
+EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
+
+
+def make_train_step(
+    loss: Loss,
+    plan: Plan,
+    optimizers: Optimizer | Mapping[str, Optimizer],
+    comm: Comm,
+    *,
+    clip: float | None = None,
+    donate: bool = False,
+) -> Callable[..., tuple[State, Metrics]]:
+    """``step(state, batch) -> (state', metrics)``: the same numbers on every mesh.
+
+    ``step(state, micro1, micro2, ...)`` accumulates: sums of sums, divided once, so any split of a
+    batch gives the same gradient. (Statistics that a loss takes over a batch, such as the balance
+    of experts, are those of a microbatch.) The step is pure, and transforms may wrap it.
+
+    Args:
+        loss: ``loss(shards, batch) -> (sum, count)`` or ``(sum, count, aux)``, local to the rank:
+            the sum of the losses of its tokens, how many they are, and a dict of tensors to be
+            summed over microbatches and ranks for the metrics.
+        plan: of the params.
+        optimizers: one for all labels, or one for each.
+        comm: the ranks; all take part in every step, also one whose batch is empty.
+        clip: the largest global norm of the gradient; longer ones are scaled down to it.
+        donate: write the new state into the memory of the old one, which must not be used again.
+
+    Returns:
+        The step. Its metrics are tensors: ``loss`` (the global mean), ``count``, ``grad_norm``
+        (before clipping), ``lr`` (``lr/LABEL`` with several optimizers), and the sums of aux.
+
+    Raises:
+        ValueError: from the step, for a state that was donated, a loss that returns no sum and
+            count, or batches whose structure differs between ranks.
+
+    >>> from sharding import Mesh, make_plan, simulate, zero3, sharded
+    >>> from functional_ep import init_state, sgd
+    >>> params = {"w": torch.zeros(2)}
+    >>> plan = make_plan(params, {"w": "dense"}, {"dense": zero3("edp")}, Mesh(edp=2))
+    >>> def program(comm, x):
+    ...     def loss(view, x):
+    ...         return ((view["w"].sum() - x) ** 2).sum(), x.numel()
+    ...     step = make_train_step(sharded(loss, plan, comm), plan, sgd(0.1), comm)
+    ...     return step(init_state(plan.shard(params, comm), plan, sgd(0.1)), x)
+    >>> state, metrics = simulate(program, plan.mesh, [torch.ones(3), torch.ones(0)])[0]
+    >>> metrics["loss"], metrics["grad_norm"]
+    (tensor(1.), tensor(2.8284, dtype=torch.float64))
+    """
+    plan.check_mesh(comm)
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip={clip}: the largest norm is positive; None does not clip")
+    update = _Update(plan, optimizers, comm, clip, donate)
+    agreed: set[str] = set()  # structures that all ranks have confirmed, as a jit caches its traces
+
+    def step(state: State, *batches: Any) -> tuple[State, Metrics]:
+        _check_state(state, batches)
+        if donate and torch._C._are_functorch_transforms_active():
+            raise ValueError("donate=True under a transform: a transform needs its inputs later")
+        structure = structure_of(batches)
+        if structure not in agreed:
+            check_agreement(structure, "batch", comm)
+            agreed.add(structure)
+        shards = plan.check_shards(state.params, comm)
+        grads, total, count, aux = accumulate(loss, plan, shards, batches)
+        names, sums = list(aux), [total, count, *aux.values()]
+        total, count, *sums = sum_over_ranks(sums, comm)
+        per_token = 1 / count.clamp(min=1).double()
+        new, norm = update(state, shards, grads, per_token)
+        metrics = {"loss": total * per_token.to(total.dtype), "count": count, "grad_norm": norm}
+        metrics |= update.rates(state.step)
+        return new, metrics | dict(zip(names, sums, strict=True))
+
+    return step
+
+
+class _Update:
+    """From summed gradients to the next state."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        optimizers: Optimizer | Mapping[str, Optimizer],
+        comm: Comm,
+        clip: float | None,
+        donate: bool,
+    ) -> None:
+        self.plan, self.comm, self.clip, self.donate = plan, comm, clip, donate
+        self.optimizers = by_label(optimizers, plan)
+        self.single = isinstance(optimizers, Optimizer)
+        self.counts_once = plan.counts_once(comm)
+        labels = [leaf.label for leaf in plan.leaves]
+        self.positions = {
+            label: [i for i, other in enumerate(labels) if other == label] for label in plan.labels
+        }
+
+    def __call__(
+        self, state: State, shards: Leaves, grads: Leaves, per_token: Tensor
+    ) -> tuple[State, Tensor]:
+        norm = global_norm(grads, self.counts_once, self.comm) * per_token
+        factor = per_token
+        if self.clip is not None:
+            factor = factor * (self.clip / (norm + EPS)).clamp(max=1.0)
+        grads = _scale(grads, factor, self.donate)
+        new: Leaves = list(shards)
+        opt: dict[str, dict[str, dict[str, Tensor]]] = {}
+        for label, positions in self.positions.items():
+            paths = [self.plan.leaves[i].path for i in positions]
+            before = {
+                name: [moment[path] for path in paths] for name, moment in state.opt[label].items()
+            }
+            params, moments = self.optimizers[label].update(
+                state.step,
+                [shards[i] for i in positions],
+                [grads[i] for i in positions],
+                before,
+                self.donate,
+            )
+            for i, p in zip(positions, params, strict=True):
+                new[i] = p
+            opt[label] = {
+                name: dict(zip(paths, leaves, strict=True)) for name, leaves in moments.items()
+            }
+        after = State(state.step + 1, self.plan.unflatten(new), opt)
+        return (_take_over(state, after) if self.donate else after), norm
+
+    def rates(self, step: Tensor) -> Metrics:
+        """The learning rates of this step, for the metrics."""
+        rates = {f"lr/{label}": tx.rate(step) for label, tx in self.optimizers.items()}
+        return {"lr": rates.popitem()[1]} if self.single and rates else rates
+
+
+def global_norm(grads: Sequence[Tensor], counts_once: Sequence[bool], comm: Comm) -> Tensor:
+    """``sqrt(sum of the squares of the whole gradient)``, each entry once; equal on every rank.
+
+    Args:
+        grads: this rank's shards.
+        counts_once: for each, whether this rank's copy is the one that counts
+            (``plan.counts_once(comm)``).
+        comm: the ranks.
+    """
+    squares = [
+        torch.dot(g, g).double() for g, counts in zip(grads, counts_once, strict=True) if counts
+    ]
+    device = grads[0].device if grads else None
+    local = torch.stack(squares).sum() if squares else torch.zeros((), device=device).double()
+    return sum_over_ranks([local], comm)[0].sqrt()
+
+
+def _scale(grads: Leaves, factor: Tensor, donate: bool) -> Leaves:
+    """``factor * grads``; the same product in place, where the gradients are ours alone."""
+    if donate:
+        for g in grads:
+            g.mul_(factor.to(g.dtype))
+        return grads
+    return [g * factor.to(g.dtype) for g in grads]
+
+
+def _check_state(state: Any, batches: tuple[Any, ...]) -> None:
+    if not isinstance(state, State):
+        raise ValueError(f"step(state, batch): a State expected, found {type(state).__name__}")
+    if not batches:
+        raise ValueError("step(state, batch): no batch; a rank without tokens gives an empty one")
+    if int(state.step.shape.numel()) == 0:
+        raise ValueError(
+            "this state was donated to an earlier step, which wrote the next state into its "
+            "memory: use the state that the step returned, or make_train_step(..., donate=False)"
+        )
+
+
+def _take_over(before: State, after: State) -> State:
+    """The new state under names of its own; the old one is left empty, so that no one reads it."""
+    old, _ = flatten(before)
+    leaves, spec = flatten(after)
+    leaves = [x.detach() for x in leaves]
+    with torch.no_grad():
+        for x in old:
+            x.set_()
+    return unflatten(spec, leaves)
