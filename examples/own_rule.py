@@ -2,7 +2,8 @@
 
 Say the routers are small but many, and gathering them over the whole mesh costs more messages than
 it saves memory: split them over ``edp`` only, with a copy on every rank along ``ep``. A rule is two
-tuples of axis names; what it means for shards, gathers and reductions follows, and one line checks it.
+tuples of axis names; what it means for shards, gathers and reductions follows, and one line checks
+it.
 
     python examples/own_rule.py
 """

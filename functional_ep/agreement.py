@@ -39,8 +39,9 @@ def check_agreement(text: str, what: str, comm: Comm) -> None:
     """
     if comm.mesh.size == 1:
         return
-    axes, mine = comm.mesh.axes, torch.tensor(list(text.encode()), dtype=torch.uint8)
-    sizes = comm.all_gather([torch.tensor([mine.numel()])], axes)[0].tolist()
+    axes, device = comm.mesh.axes, comm.device
+    mine = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+    sizes = comm.all_gather([torch.tensor([mine.numel()], device=device)], axes)[0].tolist()
     padded = torch.nn.functional.pad(mine, (0, max(sizes) - mine.numel()))
     rows = comm.all_gather([padded], axes)[0].view(comm.mesh.size, -1)
     texts = [bytes(row[:size].tolist()).decode() for row, size in zip(rows, sizes, strict=True)]

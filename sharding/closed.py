@@ -12,6 +12,7 @@ import torch._C._functorch as _functorch
 from torch import Tensor
 
 from .node import Node
+from .streams import stand, standing
 
 Flat = Callable[..., tuple[Tensor, ...]]
 Lanes = Literal["vmap", "loop"]
@@ -80,19 +81,13 @@ class _Replayed:
 
     def __init__(self, f: Flat) -> None:
         self.f = f
-        self.state: Tensor | None = None
-        self.cuda_state: Tensor | None = None
+        self.start: list[Tensor] | None = None
 
     def __call__(self, *xs: Tensor) -> tuple[Tensor, ...]:
-        cuda = [x.device for x in xs if x.is_cuda][:1]
-        if self.state is None:
-            self.state = torch.get_rng_state()
-            self.cuda_state = torch.cuda.get_rng_state(cuda[0]) if cuda else None
+        if self.start is None:
+            self.start = stand()
             return self.f(*xs)
-        with torch.random.fork_rng(devices=cuda):
-            torch.set_rng_state(self.state)
-            if self.cuda_state is not None:
-                torch.cuda.set_rng_state(self.cuda_state, cuda[0])
+        with standing(self.start):
             return self.f(*xs)
 
 

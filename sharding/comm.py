@@ -89,6 +89,7 @@ class Comm(ABC):
         self.mesh = mesh
         self.rank = rank
         self.coords = mesh.coords(rank)
+        self.device = torch.device("cpu")  # of what travels without having come from elsewhere
         self.in_flight: dict[int, Work] = {}  # started by a differentiable collective, not awaited
         self._fibers: dict[Axes, tuple[int, ...]] = {}
 

@@ -20,6 +20,7 @@ from torch._functorch.eager_transforms import jvp_increment_nesting
 from .comm import Comm, Divergence, Op, Work, specification
 from .divergence import mismatch, table, where
 from .mesh import Mesh
+from .streams import put, stand
 
 R = TypeVar("R")
 PerRank = Sequence[Any] | Tensor  # one value for each rank
@@ -74,7 +75,7 @@ class _Rank:
 
     thread: threading.Thread | None = None
     turn: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
-    random: Tensor = field(default_factory=torch.get_rng_state)
+    random: list[Tensor] = field(default_factory=stand)
     awaits: _Work | None = None
     ended: bool = False
     result: Any = None
@@ -135,7 +136,7 @@ class _World:
         self.all_ended = threading.Event()
 
     def run(self, program: Callable[..., Any], per_rank: Sequence[PerRank]) -> None:
-        callers_random, grad = torch.get_rng_state(), torch.is_grad_enabled()
+        callers_random, grad = stand(), torch.is_grad_enabled()
 
         def body(r: int) -> None:
             rank = self.ranks[r]
@@ -163,7 +164,7 @@ class _World:
             raise
         finally:
             self.over = True
-            torch.set_rng_state(callers_random)
+            put(callers_random)
         for rank in self.ranks:
             assert rank.thread is not None
             rank.thread.join()
@@ -196,7 +197,7 @@ class _World:
     def park(self, r: int, work: _Work) -> None:
         """Let the other ranks run until the whole fiber has started this collective."""
         rank = self.ranks[r]
-        rank.awaits, rank.random = work, torch.get_rng_state()
+        rank.awaits, rank.random = work, stand()
         self.pass_turn(r)
         rank.turn.acquire()
         self.resume(r)
@@ -208,7 +209,7 @@ class _World:
             raise _Abandoned
         if rank.awaits is not None and rank.awaits.result is None:
             raise Divergence(self.table("A collective was not started by all of its ranks."))
-        torch.set_rng_state(rank.random)
+        put(rank.random)
 
     def pass_turn(self, r: int) -> None:
         """Hand the turn to the next rank that can go on; if none can, to one that will say why."""

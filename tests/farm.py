@@ -182,6 +182,7 @@ def _outcome(rank: int, program: Any, comm: Comm, arguments: tuple[Any, ...]) ->
 
 
 def _name(program: Any) -> str:
+    program = getattr(program, "func", program)  # of a partial
     return f"{program.__module__}:{program.__qualname__}"
 
 

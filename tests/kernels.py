@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 import transforms
-from moe_cases import normal
+from moe_cases import assert_each_close, normal
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from transforms import F, Leaves
 
 
@@ -32,10 +30,10 @@ def check_transforms(f: F, reference: F, x: Leaves, seed: int = 0) -> None:
     f, reference = bent(f), bent(reference)
     u, v = _directions(reference, x, seed)
     for name, (_, transform) in transforms.SHARED.items():
-        _compare(name, transform(f, x, u, v), transform(reference, x, u, v))
+        assert_each_close(transform(f, x, u, v), transform(reference, x, u, v), name)
     expected = transforms.local_matrices(reference, x)
     for name, found in transforms.local_matrices(f, x).items():
-        _compare(name, found, expected[name])
+        assert_each_close(tree_leaves(found), tree_leaves(expected[name]), name)
 
 
 def check_autograd(f: F, reference: F, x: Leaves, seed: int = 0) -> None:
@@ -43,7 +41,7 @@ def check_autograd(f: F, reference: F, x: Leaves, seed: int = 0) -> None:
     f, reference = bent(f), bent(reference)
     expected = transforms.plain_autograd(reference, x, *_directions(reference, x, seed))
     for name, found in transforms.plain_autograd(f, x, *_directions(f, x, seed)).items():
-        _compare(f"autograd {name}", found, expected[name])
+        assert_each_close(found, expected[name], f"autograd {name}")
 
 
 def _directions(f: F, x: Leaves, seed: int) -> tuple[Leaves, Leaves]:
@@ -54,12 +52,6 @@ def _directions(f: F, x: Leaves, seed: int) -> tuple[Leaves, Leaves]:
 
 def bent(f: F) -> F:
     return lambda xs: [y.sin() for y in f([x.sin() for x in xs])]
-
-
-def _compare(name: str, found: Sequence[Any], expected: Sequence[Any]) -> None:
-    torch.testing.assert_close(
-        found, expected, rtol=1e-9, atol=1e-12, msg=lambda text: f"{name}: {text}"
-    )
 
 
 def mapped(x: Tensor, dim: int | None, lanes: int) -> Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from closeness import assert_close
 from hypothesis import Phase, find, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -228,9 +229,13 @@ def sum_over_experts(
     return torch.einsum("tk,tke,ted->td", scores_TK, chosen_TKE.to(x_TD.dtype), rows_TED)
 
 
-def assert_close(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    """Equal to nine digits, as sums in another order are."""
-    torch.testing.assert_close(tuple(found), tuple(expected), rtol=1e-9, atol=1e-12)
+def assert_each_close(
+    found: Sequence[Tensor], expected: Sequence[Tensor], what: str = "found"
+) -> None:
+    """Equal to nine digits of the largest entry, as sums in another order are."""
+    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+        assert a.dtype == b.dtype
+        assert_close(a, b, f"{what}[{i}]")
 
 
 def assert_same(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from torch import Tensor
 
 import sharding.gather
 from sharding import Comm, Mesh, Plan, expert_parallel, make_plan, sharded, simulate, zero3
-from sharding.gather import Layout, gather
+from sharding.gather import Gather, Layout, gather
 from sharding.mesh import Axes
 from sharding.sharded import Backward
 from sharding.testing import (
@@ -43,13 +44,12 @@ def test_a_leaf_moves_the_same_next_to_nan(case: Case) -> None:
     check_isolation(case)
 
 
-def leaves_of(
-    comm: Comm, plan: Plan, seed: int, poisoned: str, backward: Backward
-) -> list[list[Tensor]]:
-    """Shards, views and gradients of the labels that are not poisoned."""
-    clean = [i for i, leaf in enumerate(plan.leaves) if leaf.label != poisoned]
+def without(label: str, comm: Comm, plan: Plan, seed: int, poison: bool, how: Backward) -> Any:
+    """Shards, views and gradients of all labels but one, which may be NaN."""
+    others = [i for i, leaf in enumerate(plan.leaves) if leaf.label != label]
     params = exact_params(plan, seed)
-    params = [x if i in clean else torch.full_like(x, math.nan) for i, x in enumerate(params)]
+    if poison:
+        params = [x if i in others else torch.full_like(x, math.nan) for i, x in enumerate(params)]
     shards = plan.shard(params, comm)
 
     def loss(views: list[Tensor], weights: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -57,23 +57,21 @@ def leaves_of(
         return torch.stack(products).sum(), views
 
     weights = [exact(w.view_shape, seed + comm.rank) for w in plan.layouts]
-    gradient = torch.func.grad(sharded(loss, plan, comm, backward), has_aux=True)
+    gradient = torch.func.grad(sharded(loss, plan, comm, how), has_aux=True)
     grads, views = gradient(shards, weights)
-    return [[tree[i] for i in clean] for tree in (shards, views, grads)]
+    return [tree[i] for tree in (shards, views, grads) for i in others]
 
 
 def check_labels(plan: Plan, seed: int, backward: Backward, ranks: Any = simulate) -> None:
     """L7: poisoning a label leaves shards, views and gradients of the other as they are."""
     for label in LABELS:
-        arguments = [[x] * plan.mesh.size for x in (plan, seed, label, backward)]
-        found = ranks(leaves_of, plan.mesh, *arguments)
-        rest = plan.at([leaf for leaf in plan.leaves if leaf.label != label])
-        for rank, (shards, _, grads) in enumerate(found):
-            assert len(shards) == len(rest.leaves)
-            for tree in found[rank]:
-                assert not any(x.isnan().any() for x in tree), f"L7: NaN reached rank {rank}"
-            for s, g, w in zip(shards, grads, rest.layouts, strict=True):
-                assert s.shape == g.shape == (w.shard_size,)
+        results: list[Any] = []
+        for poison in (False, True):
+            arguments = [[x] * plan.mesh.size for x in (plan, seed, poison, backward)]
+            results.append(ranks(partial(without, label), plan.mesh, *arguments))
+        for rank, (clean, poisoned) in enumerate(zip(*results, strict=True)):
+            for found, expected in zip(poisoned, clean, strict=True):
+                assert torch.equal(found, expected), f"L7: NaN of {label!r} reached rank {rank}"
 
 
 @one_in(2)
@@ -136,8 +134,22 @@ def leaks(layouts: Sequence[Layout], shards: Sequence[Tensor], comm: Comm) -> Se
     return [view + 0 * torch.stack([v.sum() for v in views]).sum() for view in views]
 
 
-def test_a_gather_that_mixes_leaves_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gather_that_mixes_leaves_is_rejected() -> None:
     assert counterexample(check_isolation, Functions(gather=leaks))
+
+
+def test_a_block_that_mixes_labels_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    finish = Gather._finish
+
+    def mixed(linear: Gather, ys: list[Tensor]) -> list[Tensor]:
+        views = finish(linear, ys)
+        return [view + 0 * torch.stack([v.sum() for v in views]).sum() for view in views]
+
+    monkeypatch.setattr(Gather, "_finish", mixed)
+    rules = {"dense": zero3("ep"), "expert": zero3("ep")}
+    plan = make_plan([torch.zeros(4, dtype=torch.float64)] * 2, list(LABELS), rules, Mesh(ep=2))
+    with pytest.raises(AssertionError, match="L7: NaN of 'dense' reached rank 0"):
+        check_labels(plan, 0, "keep")
 
 
 def test_sums_over_axes_of_other_labels_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:

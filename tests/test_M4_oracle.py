@@ -18,7 +18,7 @@ from moe_cases import (
     Case,
     Moe,
     as_routing,
-    assert_close,
+    assert_each_close,
     assert_same,
     cases,
     counterexample,
@@ -41,7 +41,7 @@ from sharding import Comm, simulate
 def check_oracle(case: Case, moe: Moe = functional_ep.moe.moe) -> None:
     """M4 for scores that are given."""
     batch, weights = make_batch(case), make_weights(case)
-    assert_close(on_mesh(case, batch, weights, moe), densely(batch, weights))
+    assert_each_close(on_mesh(case, batch, weights, moe), densely(batch, weights))
 
 
 @given(cases())
@@ -107,7 +107,7 @@ def check_router(case: Case, normalise: bool, moe: Moe = functional_ep.moe.moe) 
     y, dx, d_router = zip(*simulate(local, case.mesh, xs, gs), strict=True)
     found = Routed(torch.cat(y), torch.cat(dx), torch.stack(d_router).sum(0))
     y_TD, pull = torch.func.vjp(dense, batch.x_TD, router)[:2]
-    assert_close(found, Routed(y_TD, *pull(g_TD)))
+    assert_each_close(found, Routed(y_TD, *pull(g_TD)))
 
 
 @one_in(2)

@@ -12,7 +12,7 @@ from moe_cases import (
     Case,
     Moe,
     Outcome,
-    assert_close,
+    assert_each_close,
     cases,
     counterexample,
     make_batch,
@@ -34,7 +34,7 @@ def check_tokens(case: Case, moe: Moe = functional_ep.moe.moe) -> None:
     ranks = torch.randint(case.mesh.size, order.shape, generator=stream)
     elsewhere = case._replace(tokens=tuple(ranks.bincount(minlength=case.mesh.size).tolist()))
     after = on_mesh(elsewhere, Batch(*(x[order] for x in batch)), weights, moe)
-    assert_close(after, permute_tokens(before, order))
+    assert_each_close(after, permute_tokens(before, order))
 
 
 def permute_tokens(outcome: Outcome, order: Tensor) -> Outcome:

@@ -13,7 +13,7 @@ from moe_cases import (
     Case,
     Moe,
     Outcome,
-    assert_close,
+    assert_each_close,
     cases,
     counterexample,
     make_batch,
@@ -36,7 +36,7 @@ def check_ranks(case: Case, moe: Moe = functional_ep.moe.moe) -> None:
     swapped = case._replace(tokens=tuple(case.tokens[r] for r in order))
     parts = batch.split(case.tokens)
     after = on_mesh(swapped, join([parts[r] for r in order]), weights, moe)
-    assert_close(after, by_rank(before, case, order))
+    assert_each_close(after, by_rank(before, case, order))
 
 
 def join(parts: list[Batch]) -> Batch:
@@ -70,7 +70,7 @@ def test_the_order_of_a_meshs_axes_only_names_the_ranks(case: Case, data: st.Dat
     renamed = case._replace(mesh=mesh, tokens=tuple(case.tokens[r] for r in order))
     parts = batch.split(case.tokens)
     found = on_mesh(renamed, join([parts[r] for r in order]), weights)
-    assert_close(found, by_rank(on_mesh(case, batch, weights), case, order))
+    assert_each_close(found, by_rank(on_mesh(case, batch, weights), case, order))
 
 
 def favour_rank_0(ids_TK: Tensor, experts: int, axes: tuple[str, ...], comm: Comm) -> Tensor:

@@ -9,7 +9,7 @@ from hypothesis import given
 from moe_cases import (
     Case,
     Moe,
-    assert_close,
+    assert_each_close,
     cases,
     counterexample,
     make_batch,
@@ -29,8 +29,8 @@ def check_names(case: Case, moe: Moe = functional_ep.moe.moe) -> None:
     moved = {leaf: w[name.argsort()] for leaf, w in weights.items()}
     before = on_mesh(case, batch, weights, moe)
     after = on_mesh(case, batch._replace(ids_TK=name[batch.ids_TK]), moved, moe)
-    assert_close(after[:3], before[:3])
-    assert_close([w[name] for w in after[3:]], before[3:])
+    assert_each_close(after[:3], before[:3])
+    assert_each_close([w[name] for w in after[3:]], before[3:])
 
 
 @given(cases())

@@ -13,7 +13,7 @@ from budget import one_in
 from hypothesis import example, given
 from hypothesis import strategies as st
 from kernels import check_autograd, check_transforms
-from moe_cases import assert_close, normal
+from moe_cases import assert_each_close, normal
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -105,7 +105,7 @@ def test_values_and_gradients_are_those_of_each_query_alone(case: Sizes) -> None
     y, pull = torch.func.vjp(lambda xs: library(case, xs), case.leaves)[:2]
     expected, pull_naive = torch.func.vjp(lambda xs: naive(case, xs), case.leaves)[:2]
     g = normal(tuple(y.shape), case.seed + 4)
-    assert_close([y, *pull(g)[0]], [expected, *pull_naive(g)[0]])
+    assert_each_close([y, *pull(g)[0]], [expected, *pull_naive(g)[0]])
 
 
 @pytest.mark.parametrize("mask", [None, (False, True)])
@@ -144,7 +144,7 @@ def heads_interleaved(case: Sizes) -> Tensor:
 @pytest.mark.parametrize("wrong", [without_rotation, without_mask, heads_interleaved])
 def test_another_attention_is_rejected(wrong: Callable[[Sizes], Tensor]) -> None:
     with pytest.raises(AssertionError):
-        assert_close([wrong(HARD)], [naive(HARD, HARD.leaves)])
+        assert_each_close([wrong(HARD)], [naive(HARD, HARD.leaves)])
 
 
 @one_in(2)
@@ -158,6 +158,6 @@ def test_products_of_rotated_vectors_depend_on_distance_alone(
     def at(x: Tensor, position: int) -> Tensor:
         return rotate(x.expand(1, 1, 9, -1), table)[0, 0, position]
 
-    assert_close([at(q, 3 + shift) @ at(k, shift)], [at(q, 3) @ at(k, 0)])
-    assert_close([at(q, shift).norm()], [q.norm()])
+    assert_each_close([at(q, 3 + shift) @ at(k, shift)], [at(q, 3) @ at(k, 0)])
+    assert_each_close([at(q, shift).norm()], [q.norm()])
     assert abs(at(q, 4) @ at(k, 0) - at(q, 3) @ at(k, 0)) > 1e-9

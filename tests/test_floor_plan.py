@@ -25,17 +25,18 @@ FLOOR_PLAN = """
 sharding.mesh               <-
 sharding.tree               <-
 sharding.node               <-
+sharding.streams            <-
 sharding.comm               <- mesh
 sharding.rule               <- mesh
 sharding.collectives        <- comm mesh node
 sharding.gather             <- collectives comm mesh rule
 sharding.footprint          <- gather
 sharding.plan               <- comm footprint gather mesh rule tree
-sharding.closed             <- node
+sharding.closed             <- node streams
 sharding.fetched            <- comm gather node
 sharding.sharded            <- closed collectives comm fetched gather plan tree
 sharding.divergence         <- comm mesh
-sharding.simulate           <- comm divergence mesh
+sharding.simulate           <- comm divergence mesh streams
 sharding.buffers            <-
 sharding.packing            <- comm
 sharding.distributed.ranks  <- comm mesh
@@ -81,6 +82,7 @@ FUNCTION_LINES = 45  # without the docstring
 READS_ENVIRONMENT = {
     "sharding.distributed",
     "functional_ep.cli",
+    "examples.benchmarks.collectives",
     "examples.benchmarks.train_step",
 }
 MUTABLE = {"list", "dict", "set", "bytearray", "defaultdict", "Counter", "deque", "OrderedDict"}

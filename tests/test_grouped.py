@@ -13,7 +13,7 @@ from budget import one_in
 from hypothesis import example, given
 from hypothesis import strategies as st
 from kernels import check_closed, mapped
-from moe_cases import assert_close, normal
+from moe_cases import assert_each_close, normal
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -104,9 +104,9 @@ def test_any_arguments_may_be_mapped_along_any_dim(
         xs = [mapped(a, dim, lanes) for a, dim in zip(pair, dims, strict=True)]
         products = partial(f, counts=case.counts), partial(dense, case=case)
         found, expected = (torch.vmap(product, dims)(*xs) for product in products)
-        assert_close([found], [expected])
+        assert_each_close([found], [expected])
         found, expected = (torch.vmap(gradient(product), dims)(*xs) for product in products)
-        assert_close(found, expected)
+        assert_each_close(found, expected)
 
 
 def gradient(product: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from moe_cases import (
     Case,
-    assert_close,
+    assert_each_close,
     cases,
     dense_moe,
     find_case,
@@ -49,4 +49,4 @@ def test_the_dense_reference_agrees_with_the_sum_over_all_experts(case: Case) ->
     (x_TD, ids_TK, scores_TK, _), weights = make_batch(case), make_weights(case)
     found = dense_moe(weights["gate_up"], weights["down"], x_TD, ids_TK, scores_TK)
     expected = sum_over_experts(weights["gate_up"], weights["down"], x_TD, ids_TK, scores_TK)
-    assert_close([found], [expected])
+    assert_each_close([found], [expected])

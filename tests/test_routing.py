@@ -10,7 +10,15 @@ import torch
 from budget import one_in
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_cases import Case, assert_close, assert_same, cases, counterexample, make_batch, normal
+from moe_cases import (
+    Case,
+    assert_each_close,
+    assert_same,
+    cases,
+    counterexample,
+    make_batch,
+    normal,
+)
 from torch import Tensor
 
 from functional_ep.moe import dispatch
@@ -58,9 +66,11 @@ def test_route_chooses_the_largest_and_weighs_them(case: Sizes, normalise: bool)
     routing = route(case.logits_TE, case.choices, normalise)
     chosen = [choose(row, case.choices, normalise) for row in case.logits_TE]
     assert routing.ids_TK.tolist() == [ids for ids, _ in chosen]
-    assert_close(list(routing.scores_TK), [scores for _, scores in chosen])
-    assert_close([routing.probs_TE], [case.logits_TE.exp() / case.logits_TE.exp().sum(-1, True)])
-    assert routing.logits_TE is case.logits_TE or torch.equal(routing.logits_TE, case.logits_TE)
+    assert_each_close(list(routing.scores_TK), [scores for _, scores in chosen])
+    assert_each_close(
+        [routing.probs_TE], [case.logits_TE.exp() / case.logits_TE.exp().sum(-1, True)]
+    )
+    assert torch.equal(routing.logits_TE, case.logits_TE)
     assert routing.scores_TK.shape == (case.tokens, case.choices)
 
 
@@ -76,7 +86,7 @@ def test_the_gradient_of_scores_is_that_of_the_softmax(case: Sizes, normalise: b
         return route(logits_TE, case.choices, normalise).scores_TK
 
     found, expected = (torch.func.vjp(f, case.logits_TE)[1](g_TK) for f in (scores, by_token))
-    assert_close(found, expected)
+    assert_each_close(found, expected)
 
 
 def test_a_score_of_another_sum_is_rejected() -> None:
@@ -85,7 +95,7 @@ def test_a_score_of_another_sum_is_rejected() -> None:
         found = route(case.logits_TE, 2, normalise).scores_TK
         wrong = torch.stack([choose(row, 2, not normalise)[1] for row in case.logits_TE])
         with pytest.raises(AssertionError):
-            assert_close([found], [wrong])
+            assert_each_close([found], [wrong])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -122,7 +132,7 @@ def test_experts_that_do_not_divide_by_the_ranks_are_refused() -> None:
     def program(comm: Comm) -> None:
         dispatch(torch.zeros(1, 1), torch.tensor([[0]]), 3, ("ep",), comm)
 
-    with pytest.raises(ValueError, match="3 experts do not divide by the 2 ranks along .'ep'"):
+    with pytest.raises(ValueError, match="3 experts do not divide by the 2 ranks"):
         simulate(program, Mesh(ep=2))
 
 
@@ -148,7 +158,7 @@ def test_statistics_are_sums_over_tokens(case: Sizes) -> None:
     counts_E, probs_E, z = statistics(routing)
     assert counts_E.tolist() == [int((routing.ids_TK == e).sum()) for e in range(case.experts)]
     z_T = [row.exp().sum().log() ** 2 for row in case.logits_TE]
-    assert_close([probs_E, z], [sum_of(routing.probs_TE), torch.tensor(z_T).double().sum()])
+    assert_each_close([probs_E, z], [sum_of(routing.probs_TE), torch.tensor(z_T).double().sum()])
 
 
 def sum_of(xs_TE: Tensor) -> Tensor:
@@ -163,7 +173,7 @@ def test_statistics_leave_padding_out(case: Sizes) -> None:
     routing = route(case.logits_TE, case.choices)
     found, expected = statistics(routing, case.valid_T), statistics(take(routing, case.valid_T))
     assert torch.equal(found.counts_E, expected.counts_E)
-    assert_close(found[1:], expected[1:])
+    assert_each_close(found[1:], expected[1:])
 
 
 def test_statistics_of_padding_too_are_rejected() -> None:
@@ -182,7 +192,7 @@ def test_statistics_of_padding_too_are_rejected() -> None:
 def switch_loss(probs_TE: Tensor, ids_TK: Tensor) -> Tensor:
     """Switch Transformers, eq. 4 to 6, over the whole batch: ``E sum_e f_e P_e``."""
     tokens, experts = probs_TE.shape
-    f_E = torch.stack([(ids_TK == e).sum() for e in range(experts)]) / ids_TK.numel()
+    f_E = torch.stack([(ids_TK == e).double().mean() for e in range(experts)])
     return experts * (f_E * probs_TE.sum(0) / tokens).sum()
 
 
@@ -204,7 +214,7 @@ def check_balance(case: Case, counts: Callable[[Tensor, Comm], Tensor] = global_
         if comm is None:
             z = torch.stack([row.exp().sum().log() ** 2 for row in x_TD @ router.T]).mean()
             return switch_loss(routing.probs_TE, routing.ids_TK), z
-        tokens = sum(case.tokens)
+        tokens = max(1, sum(case.tokens))
         balance = balance_loss(seen.probs_E, counts(seen.counts_E, comm))
         return balance / tokens, seen.z / tokens
 
@@ -214,9 +224,9 @@ def check_balance(case: Case, counts: Callable[[Tensor, Comm], Tensor] = global_
     parts = simulate(program, case.mesh, x_TD.split(case.tokens))
     found = [torch.stack(column).sum(0) for column in zip(*parts, strict=True)]
     if any(case.tokens):
-        assert_close(found, gradients(lambda router: losses(router, x_TD, None), router))
+        assert_each_close(found, gradients(lambda router: losses(router, x_TD, None), router))
     else:
-        assert all(x.isnan().all() for x in found)
+        assert not any(x.any() for x in found)
 
 
 def gradients(f: Callable[[Tensor], tuple[Tensor, Tensor]], router: Tensor) -> list[Tensor]:

@@ -20,6 +20,7 @@ class NcclComm(DistributedComm):
 
     def __init__(self, mesh: Mesh, rank: int, devices: DeviceMesh, timeout: float) -> None:
         super().__init__(mesh, rank, devices, timeout)
+        self.device = torch.device("cuda", torch.cuda.current_device())
         self.groups: dict[tuple[int, ...], Any] = {tuple(mesh): dist.group.WORLD}
         for axes in _subsets(mesh.axes):
             fibers = sorted({mesh.fiber(r, axes) for r in mesh})

@@ -1,0 +1,42 @@
+"""Random streams: where they stand, and putting them there again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+def stand() -> list[Tensor]:
+    """Where the default generators stand: the CPU's and, where it is in use, the current GPU's.
+
+    >>> before = stand()
+    >>> x = torch.rand(2)
+    >>> put(before)
+    >>> torch.equal(torch.rand(2), x)
+    True
+    """
+    states = [torch.get_rng_state()]
+    if torch.cuda.is_initialized():
+        states.append(torch.cuda.get_rng_state())
+    return states
+
+
+def put(states: list[Tensor]) -> None:
+    """Let the default generators stand where they did."""
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state(states[1])
+
+
+@contextmanager
+def standing(states: list[Tensor]) -> Iterator[None]:
+    """For the time being."""
+    before = stand()
+    put(states)
+    try:
+        yield
+    finally:
+        put(before)
