@@ -18,6 +18,7 @@ from sharding.distributed import VARIABLES
 from . import config, data, metrics
 from .config import Recipe
 from .data import Corpus
+from .malloc import keep_freed_memory
 from .plot import plot
 from .train import Report, train
 
@@ -41,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         job = prepare(options, int(os.environ["WORLD_SIZE"]) if launched else None)
     except (OSError, ValueError, TypeError, ModuleNotFoundError) as error:
         raise SystemExit(f"functional-ep {options.command}: {error}") from error
+    keep_freed_memory()
     try:
         if launched:
             with distributed(job.mesh, device=job.device.type) as comm:

@@ -34,9 +34,9 @@ def table(headline: str, mesh: Mesh, states: Sequence[str]) -> str:
 
 
 def mismatch(works: Mapping[int, Started]) -> str:
-    """What differs between the collectives that the ranks of a fiber have started, or nothing."""
-    (r, first), *rest = works.items()
-    for s, work in rest:
+    """What differs between the last of the collectives of a fiber and those before, or nothing."""
+    *before, (s, work) = works.items()
+    for r, first in before:
         if (work.op.kind, work.op.axes) != (first.op.kind, first.op.axes):
             return f"Ranks {r} and {s} started different collectives"
         if [x.dtype for x in work.xs] != [x.dtype for x in first.xs]:

@@ -15,6 +15,7 @@ import torch
 import torch._C._functorch as _functorch
 from torch import Tensor
 from torch._C import _autograd
+from torch._functorch.eager_transforms import grad_increment_nesting
 
 from .comm import Comm, Work
 from .gather import Gather
@@ -60,17 +61,28 @@ class Fetched:
     ) -> None:
         self.gather, self.comm, self.previous = gather, comm, previous
         self.shards = [_plain(x).detach() for x in shards]
+        self.versions = [x._version for x in self.shards]
         self.places = {
             plain.untyped_storage().data_ptr(): (i, plain.storage_offset())
             for i, plain in enumerate(map(_plain, views))
             if gather.layouts[i].is_fetched and plain.numel()
         }
+        self.witness = torch.empty(0)  # wrapped by the transform that is active, if there is one
+        self.noted = False
         self.under_way: Work | None = None
         self.views: list[Tensor] | None = None
 
     def prefetch(self) -> None:
-        """Start gathering, unless that was done."""
-        if self.views is None and self.under_way is None:
+        """Start gathering, unless that was done or the backward pass has no use for these views."""
+        if not self.noted:
+            if self.previous is not None:
+                self.previous.prefetch()
+        elif self.views is None and self.under_way is None:
+            if [x._version for x in self.shards] != self.versions:
+                raise RuntimeError(
+                    "shards were changed in place after the forward pass, and the backward pass "
+                    "gathers them again: take the gradient first, or use backward='keep'"
+                )
             self.under_way = self.gather.start(self.shards, self.comm)
 
     def get(self) -> list[Tensor]:
@@ -109,6 +121,7 @@ class Fetched:
         place = self.places.get(plain.untyped_storage().data_ptr())
         if place is None or plain.dtype != self.gather.layouts[place[0]].compute_dtype:
             return saved
+        self.noted = True
         view, start = place
         offset = int(plain.storage_offset() - start)
         return _Note(view, tuple(plain.shape), plain.stride(), offset)
@@ -117,7 +130,20 @@ class Fetched:
         if isinstance(note, Tensor):
             return note
         view = self.get()[note.view]
-        return view.as_strided(note.size, note.stride, view.storage_offset() + note.offset)
+        part = view.as_strided(note.size, note.stride, view.storage_offset() + note.offset)
+        return _like(self.witness, part)
+
+
+def _like(witness: Tensor, x: Tensor) -> Tensor:
+    """x, as a constant if the transform under which the witness was made has ended.
+
+    ``vjp`` pulls back after it has ended, with ``create_graph``. What it saved is no variable any
+    more; so must x be, or the gradients would hold on to the graph of the whole forward pass.
+    """
+    if _functorch.unwrap_if_dead(witness) is witness:
+        return x
+    with grad_increment_nesting() as level:
+        return _functorch._wrap_for_grad(x, level)
 
 
 def release_after_backward(fetched: Fetched, views: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .comm import Kind
 
-SMALL = 1 << 16  # bytes up to which copying a tensor is cheaper than a message of its own
+SMALL = 1 << 20  # bytes up to which copying a tensor is cheaper than a message of its own
 
 
 def pack(

@@ -177,6 +177,10 @@ class _World:
                 where = self.mesh.coords(self.failed)
                 error.add_note(f"raised on simulated rank {self.failed} of {self.mesh}, at {where}")
             raise error
+        for started in self.posted.values():
+            (work, *_), ranks = started.values(), list(started)
+            missing = [r for r in work.fiber if r not in ranks]
+            raise Divergence(self.table(f"Ranks {ranks} started {work}; ranks {missing} did not."))
         return [rank.result for rank in self.ranks]
 
     def post(self, work: _Work) -> None:

@@ -80,7 +80,7 @@ def check_rule(
     """
     examples = settings.default if max_examples is None else settings(max_examples=max_examples)
 
-    @settings(examples, deadline=None)
+    @settings(examples, deadline=None, report_multiple_bugs=False)
     @given(cases(rule=rule))
     def laws(case: Case) -> None:
         for law in LAWS:

@@ -147,7 +147,7 @@ def test_a_wrong_mixture_is_rejected(mutant: Moe) -> None:
         lambda case: check_router(
             case, True, composed(combine=moe_mutants.combine_with_constant_scores)
         ),
-        lambda case: check_router(case, False, rerouted(moe_mutants.deal_experts_out)),
+        lambda case: check_router(case, False, rerouted(moe_mutants.forget_the_last_expert)),
     ],
 )
 def test_a_router_that_learns_nothing_or_is_misunderstood_is_rejected(

@@ -37,12 +37,11 @@ def test_processes_stay_and_answer_rank_by_rank(ranks2: Farm) -> None:
     assert len({os.getpid(), *(pid for pid, _ in first)}) == 3
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_an_error_names_its_rank_and_line_and_the_farm_goes_on(ranks2: Farm, rank: int) -> None:
+def test_an_error_names_its_rank_and_line_and_the_farm_goes_on(ranks2: Farm) -> None:
     with pytest.raises(KeyError, match="unheard of") as caught:
-        ranks2.run(raise_on, MESH, [rank, rank])
+        ranks2.run(raise_on, MESH, [1, 1])
     (note,) = caught.value.__notes__
-    assert f"real rank {rank} of {MESH}" in note and "in raise_on" in note
+    assert f"real rank 1 of {MESH}" in note and "in raise_on" in note
     assert ranks2.run(add, MESH, torch.ones(2, 1))[0][1] == 2
 
 

@@ -70,10 +70,11 @@ functional_ep.testing       <- lm optim schedules state train_step sharding shar
 functional_ep.data          <-
 functional_ep.metrics       <-
 functional_ep.plot          <- metrics
+functional_ep.malloc        <-
 functional_ep.config        <- lm
 functional_ep.train         <- config data lm metrics optim schedules state train_step
                                sharding sharding.collectives
-functional_ep.cli           <- config data metrics plot train sharding sharding.distributed
+functional_ep.cli           <- config data malloc metrics plot train sharding sharding.distributed
 functional_ep.__main__      <- cli
 """
 

@@ -22,7 +22,7 @@ from sharding.gather import Layout, gather, reduce
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--mib", type=float, default=128, help="size of the gathered leaf")
     parser.add_argument("--runs", type=int, default=15)
     args = parser.parse_args()

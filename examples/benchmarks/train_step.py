@@ -17,6 +17,7 @@ import time
 import torch
 
 from functional_ep import adamw, cosine, init_state, lm, make_train_step
+from functional_ep.malloc import keep_freed_memory
 from sharding import Comm, Mesh, distributed, expert_parallel, make_plan, simulate, zero3
 
 RULES = {"dense": zero3("edp", "ep"), "expert": expert_parallel("ep", store=("edp",))}
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=8, help="in the whole batch")
     parser.add_argument("--length", type=int, default=128)
     args = parser.parse_args()
+    keep_freed_memory()  # as `functional-ep train` does
     cfg, world = lm.Config(), int(os.environ.get("WORLD_SIZE", "1"))
     batches = make_batches(cfg, args.sequences, args.length)
     with distributed(Mesh(edp=1, ep=world)) as comm:

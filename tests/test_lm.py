@@ -1,0 +1,144 @@
+"""The language model: its errors, its logits, and what its loss counts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import reference
+import torch
+from closeness import assert_close
+from laws import uneven
+from torch import Tensor
+
+from functional_ep import label_by_path, lm
+from sharding import Comm, Mesh, Plan, Rule, expert_parallel, make_plan, simulate, zero3
+
+CFG = lm.Config(vocab=7, dim=8, layers=2, heads=2, experts=4, top_k=2, ffn=3)
+RULES = {"dense": zero3("edp", "ep"), "expert": expert_parallel("ep", store=("edp",))}
+IDS = torch.arange(8).view(2, 4) % 7
+
+
+def plan_on(mesh: Mesh, params: Any) -> Plan:
+    return make_plan(params, lm.labels, RULES, mesh)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(dim=6, heads=2), "dim=6 and heads=2: every head needs an even, equal share"),
+        (dict(top_k=5), "top_k=5: choose from 1 to experts=4"),
+        (dict(top_k=0), "top_k=0"),
+    ],
+)
+def test_impossible_models_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(CFG, **change)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"input_ids": IDS}, r"batch\['labels'\] is missing; the batch has \['input_ids'\]"),
+        ({"input_ids": IDS, "labels": IDS[:, 1:]}, r"\(2, 4\) and batch\['labels'\] \(2, 3\)"),
+        ({"input_ids": IDS[0], "labels": IDS[0]}, r"one shape \(B, S\)"),
+    ],
+)
+def test_batches_without_ids_and_labels_are_refused(batch: Any, message: str) -> None:
+    def program(comm: Comm) -> None:
+        params = lm.init(CFG)
+        plan = plan_on(comm.mesh, params)
+        lm.loss(CFG, plan, comm)(plan.shard(params, comm), batch)
+
+    with pytest.raises(ValueError, match=message):
+        simulate(program, Mesh(edp=1, ep=1))
+
+
+def test_params_of_another_depth_are_refused() -> None:
+    def program(comm: Comm) -> None:
+        lm.apply(CFG, plan_on(comm.mesh, lm.init(uneven().cfg)), comm)
+
+    with pytest.raises(ValueError, match="the config has 2 layers, the params have 1"):
+        simulate(program, Mesh(edp=1, ep=1))
+
+
+def test_experts_of_one_layer_that_are_split_differently_are_refused() -> None:
+    labels = label_by_path({"*/down": "down", "*/experts/*": "expert"}, default="dense")
+    rules = RULES | {"down": Rule(store=("edp",))}
+
+    def program(comm: Comm) -> None:
+        lm.apply(CFG, make_plan(lm.init(CFG), labels, rules, comm.mesh), comm)
+
+    with pytest.raises(ValueError, match="experts of one layer are split over"):
+        simulate(program, Mesh(edp=1, ep=2))
+
+
+def test_initial_params_are_a_function_of_the_seed() -> None:
+    one, two, other = (reference.named(lm.init(CFG, seed)) for seed in (1, 1, 2))
+    assert all(torch.equal(one[path], two[path]) for path in one)
+    assert not torch.equal(one["embed"], other["embed"])
+    assert not torch.equal(one["blocks/0/router"], one["blocks/1/router"])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("mesh", [Mesh(edp=1, ep=1), Mesh(edp=2, ep=2)], ids=repr)
+def test_the_loss_is_the_cross_entropy_of_the_logits(tied: bool, mesh: Mesh) -> None:
+    cfg = lm.Config(
+        vocab=7, dim=8, layers=2, heads=2, experts=4, top_k=2, ffn=3, tied=tied, balance=0.0, z=0.0
+    )
+    targets = torch.where(IDS == 3, lm.IGNORE, IDS.flip(0))
+
+    def program(comm: Comm) -> tuple[Tensor, Tensor, Tensor]:
+        params = lm.init(cfg, 0, torch.float64)
+        assert ("head" in params) is not tied
+        plan = plan_on(comm.mesh, params)
+        shards = plan.shard(params, comm)
+        logits = lm.apply(cfg, plan, comm)(shards, IDS)
+        batch = {"input_ids": IDS, "labels": targets}
+        total, count, aux = lm.loss(cfg, plan, comm)(shards, batch)
+        assert torch.equal(total, aux["nll"])
+        return logits, total, count
+
+    for logits, total, count in simulate(program, mesh):
+        wanted = targets != lm.IGNORE
+        picked = logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+        assert_close(total, -picked[wanted].sum(), "loss")
+        assert int(count) == int(wanted.sum())
+
+
+def test_positions_see_no_later_ones() -> None:
+    def program(comm: Comm) -> tuple[Tensor, Tensor]:
+        params = lm.init(CFG, 0, torch.float64)
+        plan = plan_on(comm.mesh, params)
+        logits, shards = lm.apply(CFG, plan, comm), plan.shard(params, comm)
+        changed = IDS.clone()
+        changed[:, 2] += 1
+        return logits(shards, IDS), logits(shards, changed % 7)
+
+    before, after = simulate(program, Mesh(edp=1, ep=1))[0]
+    assert torch.equal(before[:, :2], after[:, :2])
+    assert not torch.allclose(before[:, 2:], after[:, 2:])
+
+
+def test_padding_changes_nothing_that_is_counted() -> None:
+    """Left of the padding everything is as without it, statistics included."""
+
+    def program(comm: Comm, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        params = lm.init(CFG, 0, torch.float64)
+        plan = plan_on(comm.mesh, params)
+        total, _, aux = lm.loss(CFG, plan, comm)(plan.shard(params, comm), batch)
+        return total, aux
+
+    longer = torch.cat([IDS, torch.zeros(2, 3, dtype=torch.int64)], 1)
+    mask = torch.arange(7) < torch.tensor([[4], [4]])
+    padded = {
+        "input_ids": longer,
+        "labels": torch.where(mask, longer, lm.IGNORE),
+        "attention_mask": mask,
+    }
+    (plain,) = simulate(program, Mesh(edp=1, ep=1), [{"input_ids": IDS, "labels": IDS}])
+    (found,) = simulate(program, Mesh(edp=1, ep=1), [padded])
+    assert_close(found[0], plain[0], "loss")
+    for name, x in plain[1].items():
+        assert_close(found[1][name], x, name)
