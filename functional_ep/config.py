@@ -27,15 +27,15 @@ class Recipe:
     """
 
     model: lm.Config = field(default_factory=lm.Config)
-    steps: int = 1000
+    steps: int = 750
     batch: int = 8
     seq: int = 128
-    lr: float = 3e-3
+    lr: float = 8e-4
     warmup: float = 0.05
     weight_decay: float = 0.1
     clip: float = 1.0
     seed: int = 0
-    eval_every: int = 100
+    eval_every: int = 150
     eval_bytes: int = 65536
     sample: int = 256
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -133,7 +133,8 @@ class _Closed(Node):
                     every[i] = x
                 return f(*every)
 
-            primals = tuple(args[i] for i in wanted)
+            # A dual tensor cannot be made of an expanded one, which a cotangent often is.
+            primals = tuple(args[i].contiguous() for i in wanted)
             dys = torch.func.jvp(of_wanted, primals, tuple(args[n:]))[1]
             return tuple(dys[i] for i in ctx.floating)
 

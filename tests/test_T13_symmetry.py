@@ -24,6 +24,7 @@ def program(comm: Comm, model: Model, derivative: Any, how: tuple[str, Backward]
     plan = model.plan()
     shards, u = plan.shard(model.params(), comm), plan.shard(model.params(1), comm)
     derivative(loss(*how, plan, comm, model), shards, model.data(comm.rank), u)
+    assert not comm.in_flight, "a transfer that a derivative started was never awaited"
 
 
 @pytest.mark.parametrize("derivative", DERIVATIVES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +28,9 @@ from hypothesis import strategies as st
 
 import sharding.closed
 from sharding import Comm, Mesh, partition, simulate, zero3
+from sharding.buffers import SMALL
+
+WIDTH = math.isqrt(SMALL // 4)  # of the smallest float32 weight whose view is pooled
 
 
 def program(comm: Comm, model: Model, derivative: Any, how: Sequence[Any]) -> list[Tensors]:
@@ -70,6 +74,12 @@ def test_second_derivatives_are_the_same(derivative: Any, model: Model) -> None:
 def test_the_same_on_real_ranks(ranks2: Farm, derivative: Any, data: st.DataObject) -> None:
     mesh = data.draw(st.sampled_from([Mesh(ep=2), Mesh(edp=2, ep=1)]))
     check_granularity(data.draw(models(True, mesh)), derivative, ranks2.run)
+
+
+@pytest.mark.parametrize("derivative", [by_autograd, by_vjp])
+def test_the_same_where_buffers_are_used_again(ranks2: Farm, derivative: Any) -> None:
+    model = Model(Mesh(ep=2), zero3("ep"), zero3("ep"), 3, WIDTH, 0.5, True, 1)
+    check_granularity(model, derivative, ranks2.run)
 
 
 @pytest.mark.parametrize("derivative", SECOND)

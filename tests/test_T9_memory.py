@@ -113,17 +113,19 @@ def test_no_more_than_two_blocks_are_whole_at_a_time(mode: Backward, transform: 
     assert simulate(views_alive, MESH, *arguments) == [(*EXPECTED[mode], 0)] * 2
 
 
+@pytest.mark.parametrize("transform", [False, True])
 @pytest.mark.parametrize("mode", MODES)
-def test_nor_on_real_ranks(ranks2: Farm, mode: Backward) -> None:
-    arguments = [[a] * 2 for a in (4, mode, False)]
+def test_nor_on_real_ranks(ranks2: Farm, mode: Backward, transform: bool) -> None:
+    arguments = [[a] * 2 for a in (4, mode, transform)]
     assert ranks2.run(views_alive, MESH, *arguments) == [(*EXPECTED[mode], 0)] * 2
 
 
+@pytest.mark.parametrize("transform", [False, True])
 @pytest.mark.parametrize("mode", MODES)
-def test_nor_where_buffers_are_used_again(ranks2: Farm, mode: Backward) -> None:
+def test_nor_where_buffers_are_used_again(ranks2: Farm, mode: Backward, transform: bool) -> None:
     width = 512
     assert width * width * 4 >= SMALL
-    for *_, kept in ranks2.run(views_alive, MESH, *([a] * 2 for a in (width, mode, False))):
+    for *_, kept in ranks2.run(views_alive, MESH, *([a] * 2 for a in (width, mode, transform))):
         assert kept == max(EXPECTED[mode])
 
 

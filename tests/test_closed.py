@@ -1,47 +1,85 @@
-"""closed(f) is f under every transform, keeps only its inputs and replays its random numbers."""
+"""closed(f) = f, as one node of the graph that keeps only its inputs, under every transform."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import transforms
 from budget import one_in
-from hypothesis import example, given
-from hypothesis import strategies as st
-from kernels import check_closed
+from hypothesis import given
 from moe_cases import assert_each_close, assert_same, normal
 from torch import Tensor
+from transforms import Leaves
 
-from sharding.closed import Lanes, closed, pull_back
-from sharding.testing import seeds
+from sharding.closed import _Replayed, closed, pull_back
+from sharding.testing import exact, seeds
 
-
-def several(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
-    """Two results, of other shapes than the arguments, and an argument itself."""
-    return (x.exp() @ w).sum(), x * w, w
+LANES = ("vmap", "loop")
 
 
-@pytest.mark.parametrize("lanes", ["vmap", "loop"])
+def f(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    """A function with second and third derivatives, and with an integer among its results."""
+    y = x @ w
+    return y * y * x, (x > 0).sum(), (y * w).sum(0)
+
+
+def floating(ys: tuple[Tensor, ...]) -> Leaves:
+    return [y for y in ys if y.is_floating_point()]
+
+
+def derivatives(g: transforms.F, x: Leaves, u: Leaves, v: Leaves) -> dict[str, Any]:
+    results: dict[str, Any] = {k: t(g, x, u, v) for k, (_, t) in transforms.SHARED.items()}
+    return results | transforms.local_matrices(g, x) | transforms.plain_autograd(g, x, u, v)
+
+
+def flat(tree: Any) -> Leaves:
+    return [tree] if isinstance(tree, Tensor) else [x for branch in tree for x in flat(branch)]
+
+
+def check_closed(lanes: Any, seed: int) -> None:
+    """Every transform of closed(f) is that of f, bit by bit."""
+    x, u, v = ([exact((2,), seed + i), exact((2, 2), seed + 10 + i)] for i in range(3))
+    v = [v[0], v[0]]
+    found = derivatives(lambda xs: floating(closed(f, lanes)(*xs)), x, u, v)
+    expected = derivatives(lambda xs: floating(f(*xs)), x, u, v)
+    for name, result in found.items():
+        for a, b in zip(flat(result), flat(expected[name]), strict=True):
+            assert torch.equal(a, b), f"{name} of closed(f, {lanes!r}): {a}, of f: {b}"
+
+
+@pytest.mark.parametrize("lanes", LANES)
 @one_in(20)
-@example(2, 1, 0)
-@given(st.integers(1, 2), st.integers(1, 2), seeds())
-def test_it_is_the_function_under_every_transform(
-    lanes: Lanes, rows: int, columns: int, seed: int
+@given(seed=seeds())
+def test_every_transform_of_a_closed_function_is_that_of_the_function(
+    lanes: Any, seed: int
 ) -> None:
-    def with_shapes(xs: list[Tensor], f: Callable[..., tuple[Tensor, ...]]) -> list[Tensor]:
-        total, product, w = f(*xs)
-        return [total.reshape(1), product, w]
+    check_closed(lanes, seed)
 
-    xs = [normal((rows, columns), seed), normal((columns,), seed + 1)]
-    check_closed(
-        lambda xs: with_shapes(xs, closed(several, lanes)),
-        lambda xs: with_shapes(xs, several),
-        xs,
-        seed,
-    )
+
+def test_only_the_inputs_are_kept() -> None:
+    def wide(x: Tensor) -> tuple[Tensor, ...]:
+        return ((x.expand(1000, -1).exp().sin() * x).sum(0),)
+
+    x = torch.ones(3, requires_grad=True)
+    kept: dict[str, list[int]] = {"plain": [], "closed": []}
+    for name, function in (("plain", wide), ("closed", closed(wide))):
+
+        def pack(saved: Tensor, name: str = name) -> Tensor:
+            kept[name].append(saved.numel())
+            return saved
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+            function(x)
+    assert max(kept["plain"]) == 3000 and kept["closed"] == [3]
+
+
+def test_an_output_may_be_an_input() -> None:
+    x = torch.ones(3, requires_grad=True)
+    y, same = closed(lambda x: (2 * x, x))(x)
+    assert torch.equal(torch.autograd.grad([y, same], x, [y.detach(), y.detach()])[0], 3 * y)
 
 
 def positive(x: Tensor) -> tuple[Tensor, ...]:
@@ -75,43 +113,36 @@ def test_integers_pass_without_derivative() -> None:
     assert tangent.tolist() == [10, 10, 6]
 
 
-# -- memory and random numbers -------------------------------------------------------------------
+# -- random numbers ------------------------------------------------------------------------------
+
+DERIVATIVES = ("value", "vjp", "jvp", "jvp of grad", "grad of grad", "jvp of jvp", "grad of jvp")
 
 
-def test_nothing_is_kept_but_the_inputs() -> None:
-    kept: list[Tensor] = []
-
-    def note(saved: Tensor) -> Tensor:
-        kept.append(saved)
-        return saved
-
-    def deep(x: Tensor) -> tuple[Tensor]:
-        return (x.exp().sin().exp().sin(),)
-
-    for f, others in ((closed(deep), 0), (deep, 2)):
-        x = normal((3,), 0).requires_grad_()
-        kept.clear()
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
-            f(x)
-        inputs = x.untyped_storage().data_ptr()
-        storages = {saved.untyped_storage().data_ptr() for saved in kept}
-        assert len(storages - {inputs}) == others
+def dropped(x: Tensor) -> tuple[Tensor, ...]:
+    return (torch.nn.functional.dropout(x * x * x),)
 
 
-def dropped(x: Tensor) -> tuple[Tensor]:
-    return (x * (torch.rand(x.shape) < 0.5),)
+def check_replay(name: str) -> None:
+    """A derivative sees the random numbers of the value, and moves the stream as the value does."""
+    x, u, v = ([exact((16,), i)] for i in range(3))
+    found: list[Leaves] = []
+    for function in (dropped, closed(dropped)):
+        torch.manual_seed(0)
+        results = transforms.SHARED[name][1](lambda xs, g=function: list(g(*xs)), x, u, v)
+        found.append([*results, torch.rand(3)])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b), f"{name}: {b} of the closed function, not {a}"
 
 
-def test_random_numbers_replay_and_the_stream_goes_on_as_without() -> None:
-    x = torch.ones(64, dtype=torch.float64)
-    torch.manual_seed(0)
-    expected = [dropped(x)[0], torch.rand(1)]
-    torch.manual_seed(0)
-    y, pull = torch.func.vjp(lambda x: closed(dropped)(x)[0], x)[:2]
-    (dx,) = pull(torch.ones_like(x))
-    assert_same([y, torch.rand(1)], expected)
-    assert torch.equal(dx, y)
-    assert 0 < y.sum() < 64
+@pytest.mark.parametrize("name", DERIVATIVES)
+def test_random_numbers_replay(name: str) -> None:
+    check_replay(name)
+
+
+def test_random_numbers_that_do_not_replay_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_Replayed, "__call__", lambda self, *xs: self.f(*xs))
+    with pytest.raises(AssertionError, match="vjp"):
+        check_replay("vjp")
 
 
 def test_a_later_call_draws_anew() -> None:
@@ -126,81 +157,75 @@ def test_lanes_draw_as_vmap_is_told_to(randomness: str) -> None:
         return y, pull(torch.ones_like(x))[0]
 
     y, dx = torch.vmap(gradient, randomness=randomness)(torch.ones(2, 64))
-    assert torch.equal(y, dx)
+    assert torch.equal(3 * y, dx)  # of the cube of one
     assert torch.equal(y[0], y[1]) == (randomness == "same")
 
 
 # -- captured tensors ----------------------------------------------------------------------------
 
+W = torch.ones(2, requires_grad=True)
 
-class Scaled:
-    def __init__(self, w: Tensor) -> None:
-        self.w = w
 
-    def times(self, x: Tensor) -> tuple[Tensor]:
-        return (x * self.w,)
+def uses_a_global(x: Tensor) -> tuple[Tensor]:
+    return (x * W,)
+
+
+class Scale:
+    """A function that is an object."""
+
+    def __init__(self, scale: Tensor) -> None:
+        self.scale = scale
 
     def __call__(self, x: Tensor) -> tuple[Tensor]:
-        return (x * self.w,)
+        return (x * self.scale,)
+
+    def method(self, x: Tensor) -> tuple[Tensor]:
+        return self(x)
 
 
-def product(x: Tensor, w: Tensor) -> tuple[Tensor]:
-    return (x * w,)
+def closing_over(scale: Tensor) -> dict[str, Any]:
+    """Ways for a function to get at a tensor, by the name under which it is reported."""
 
-
-def nested(w: Tensor) -> Callable[[Tensor], tuple[Tensor]]:
     def inner(x: Tensor) -> tuple[Tensor]:
-        return (x * w,)
+        return (x * scale,)
 
-    return lambda x: inner(x)
-
-
-def with_default(w: Tensor) -> Callable[..., tuple[Tensor]]:
-    return lambda x, w=w: (x * w,)
-
-
-def with_keyword(w: Tensor) -> Callable[..., tuple[Tensor]]:
-    def f(x: Tensor, *, w: Tensor = w) -> tuple[Tensor]:
-        return (x * w,)
-
-    return f
-
-
-def module(w: Tensor) -> Callable[[Tensor], tuple[Tensor]]:
-    linear = torch.nn.Linear(2, 2).requires_grad_(w.requires_grad)
-    return lambda x: (linear(x),)
+    scales, by_name = [scale], {"scale": scale}
+    return {
+        "a closure": inner,
+        "a function in a closure": lambda x: inner(x),
+        "a list": lambda x: (x * scales[0],),
+        "a dict": lambda x: (x * by_name["scale"],),
+        "a default": lambda x, scale=scale: (x * scale,),
+        "a partial": partial(lambda scale, x: (x * scale,), scale),
+        "an object": Scale(scale),
+        "a method": Scale(scale).method,
+    }
 
 
-CAPTURE: dict[str, Callable[[Tensor], Any]] = {
-    "variable": lambda w: lambda x: (x * w,),
-    "list": lambda w: (lambda ws: lambda x: (x * ws[0]["w"],))([{"w": w}]),
-    "nested function": nested,
-    "partial": lambda w: partial(product, w=w),
-    "default": with_default,
-    "keyword default": with_keyword,
-    "bound method": lambda w: Scaled(w).times,
-    "callable object": Scaled,
-    "callable object in a variable": lambda w: (lambda f: lambda x: f(x))(Scaled(w)),
-    "module": module,
-}
+WAYS = tuple(closing_over(torch.ones(2)))
 
 
-@pytest.mark.parametrize("how", CAPTURE)
-def test_a_captured_tensor_with_gradient_is_refused_by_name(how: str) -> None:
-    with pytest.raises(ValueError, match=r"captures the tensor '(w|weight)' .*right: closed"):
-        closed(CAPTURE[how](torch.ones(2, requires_grad=True)))
+@pytest.mark.parametrize("way", WAYS)
+def test_a_captured_tensor_is_refused_if_it_has_a_gradient_to_lose(way: str) -> None:
+    x = torch.ones(2)
+    closed(closing_over(x)[way])(x)
+    with pytest.raises(ValueError, match=r"captures the tensor .* whose gradient would be lost"):
+        closed(closing_over(W)[way])
+    with pytest.raises(ValueError, match="captures the tensor"):
+        torch.func.grad(lambda w: closed(closing_over(w)[way])(x)[0].sum())(x)
 
 
-@pytest.mark.parametrize("how", [how for how in CAPTURE if how != "module"])
-def test_a_captured_tensor_under_a_transform_is_refused(how: str) -> None:
-    with pytest.raises(ValueError, match="captures the tensor 'w'"):
-        torch.func.grad(lambda w: closed(CAPTURE[how](w))(torch.ones(2))[0].sum())(torch.ones(2))
+def test_so_are_the_parameters_of_a_module() -> None:
+    linear = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"captures the tensor 'weight' \(2, 2\)"):
+        closed(lambda x: (linear(x),))
+    linear.requires_grad_(False)
+    closed(lambda x: (linear(x),))
 
 
-@pytest.mark.parametrize("how", CAPTURE)
-def test_a_captured_constant_is_let_through(how: str) -> None:
-    f, x = CAPTURE[how](torch.full((2,), 3.0)), torch.ones(2)
-    assert_same(closed(f)(x), f(x))
+def test_so_is_a_global_one() -> None:
+    with pytest.raises(ValueError, match="uses_a_global captures the tensor 'W'"):
+        closed(uses_a_global)
 
 
 # -- pull_back -----------------------------------------------------------------------------------
