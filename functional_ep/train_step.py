@@ -93,10 +93,10 @@ def make_train_step(
         names, sums = list(aux), [total, count, *aux.values()]
         total, count, *sums = sum_over_ranks(sums, comm)
         per_token = 1 / count.clamp(min=1).double()
+        rates = update.rates(state.step)  # a donated state is empty after the update
         new, norm = update(state, shards, grads, per_token)
         metrics = {"loss": total * per_token.to(total.dtype), "count": count, "grad_norm": norm}
-        metrics |= update.rates(state.step)
-        return new, metrics | dict(zip(names, sums, strict=True))
+        return new, metrics | rates | dict(zip(names, sums, strict=True))
 
     return step
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import reference
+import torch
 from closeness import assert_close, assert_leaves_close
 
 from functional_ep import lm
@@ -20,6 +21,9 @@ def is_that_of_plain_torch(case: Training) -> None:
             where = f"of step {step} on rank {rank}"
             assert_close(metrics["loss"], plain.loss, f"loss {where}")
             assert_close(metrics["grad_norm"], plain.norm, f"norm {where}")
+            for label, chosen in case.optimizers.items():
+                rate = torch.tensor(reference.rate(chosen, step), dtype=torch.float64)
+                assert_close(metrics[f"lr/{label}"], rate, f"rate {where}")
             assert_leaves_close(reference.named(params), plain.params, f"params {where}")
 
 

@@ -10,7 +10,7 @@ import torch
 from laws import uneven
 from torch import Tensor
 
-from functional_ep import State, adamw, init_state, make_train_step, sgd
+from functional_ep import State, adamw, cosine, init_state, linear, make_train_step, sgd
 from functional_ep.testing import prepare
 from sharding import Comm, Mesh, Plan, make_plan, replicated, sharded, simulate, zero3
 from sharding.tree import flatten
@@ -122,22 +122,27 @@ def test_a_step_without_any_token_changes_nothing() -> None:
     assert (float(metrics["loss"]), int(metrics["count"])) == (0.0, 0)
 
 
-@pytest.mark.parametrize("optimizer", [adamw(0.1), sgd(0.1, 0.9, nesterov=True)])
+@pytest.mark.parametrize(
+    "optimizer", [adamw(cosine(0.1, total=9)), sgd(linear(0.1, total=9), 0.9, nesterov=True)]
+)
 def test_donating_gives_the_same_bits_in_the_same_memory(optimizer: Any) -> None:
-    def program(comm: Comm, donate: bool) -> tuple[Any, list[int], list[int]]:
+    def program(comm: Comm, donate: bool) -> tuple[Any, list[int], list[int], dict[str, Tensor]]:
         plan = a_plan()
         loss = sharded(squares, plan, comm)
         step = make_train_step(loss, plan, optimizer, comm, clip=0.1, donate=donate)
         state = init_state(plan.shard(PARAMS, comm), plan, optimizer)
         before = [x.data_ptr() for x in flatten((state.params, state.opt))[0]]
+        metrics: dict[str, Tensor] = {}
         for _ in range(3):
-            state, _ = step(state, torch.ones(3))
+            state, metrics = step(state, torch.ones(3))
         after = [x.data_ptr() for x in flatten((state.params, state.opt))[0]]
-        return plan.full(state.params, comm)["w"], before, after
+        return plan.full(state.params, comm)["w"], before, after, metrics
 
     kept = simulate(program, MESH, [False] * 2)[0]
     donated = simulate(program, MESH, [True] * 2)[0]
     assert torch.equal(kept[0], donated[0])
+    for name, x in kept[3].items():
+        assert torch.equal(donated[3][name], x), name
     assert donated[1] == donated[2]
     assert kept[1] != kept[2]
 
