@@ -23,7 +23,7 @@ RAW: dict[str, Any] = {"alpha": 0.25, "linewidth": 0.8}
 BOLD: dict[str, Any] = {"linewidth": 1.8}
 BITS = (0.5, 1, 1.5, 2, 3, 4, 6, 8)
 
-BASELINES = {"unigram": "unigram entropy", "xz": "xz -9e"}
+BASELINES = {"unigram": "unigram", "xz": "xz -9e"}
 
 STYLE: dict[Any, Any] = {
     "font.size": 9.5,
@@ -81,30 +81,41 @@ def _loss(axes: Axes, records: Sequence[Record]) -> None:
     steps, train = _series(records, "bits_per_byte")
     axes.plot(steps, train, color=TRAIN, **RAW)
     axes.plot(steps, _smooth(train), color=TRAIN, **BOLD, label="training (smoothed)")
-    heights = list(train)
-    for name, words in BASELINES.items():
-        for height in _series(records, name)[1][-1:]:
-            heights.append(height)
-            axes.axhline(height, color=INK, linewidth=1, linestyle=(0, (5, 4)))
-            _beside(axes, height, f"{height:.2f}", INK)
-            spot: dict[str, Any] = {
-                "xycoords": ("axes fraction", "data"),
-                "textcoords": "offset points",
-            }
-            axes.annotate(words, (1, height), (-4, 4), ha="right", **spot)
     evaluated, valid = _series(records, "valid_bits_per_byte")
     if valid:
-        heights += valid
         look: dict[str, Any] = {"color": VALID, "markersize": 4, "clip_on": False, **BOLD}
         axes.plot(evaluated, valid, "o-", label="validation", **look)
-        _beside(axes, valid[-1], f"{valid[-1]:.2f}", VALID)
+    ends = [(height, "validation", VALID) for height in valid[-1:]]
+    for name, words in BASELINES.items():
+        for height in _series(records, name)[1][-1:]:
+            axes.axhline(height, color=INK, linewidth=1, linestyle=(0, (5, 4)))
+            ends.append((height, words, INK))
+    heights = [*train, *valid, *(height for height, _, _ in ends)]
+    finite = list(filter(math.isfinite, heights)) or [1, 8]
     axes.set_yscale("log", base=2)
     axes.minorticks_off()
     axes.set_yticks(BITS, [f"{bits:g}" for bits in BITS])
-    finite = list(filter(math.isfinite, heights)) or [1, 8]
     axes.set_ylim(0.9 * min(finite), 1.05 * max(finite))
     axes.set(title="Loss, bits per byte", xlabel="step")
     axes.legend(frameon=False, loc="upper right", labelcolor=MUTED)
+    _name_ends(axes, [end for end in ends if math.isfinite(end[0])])
+
+
+def _name_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Heights and words in the right margin, the higher ones moved up where they would overlap."""
+    low, high = map(math.log, axes.get_ylim())
+    place = -math.inf
+    for height, words, color in sorted(ends):
+        place = max((math.log(height) - low) / (high - low), place + 0.05)
+        axes.annotate(
+            f"{height:.2f} {words}",
+            xy=(1, place),
+            xycoords="axes fraction",
+            xytext=(7, 0),
+            textcoords="offset points",
+            va="center",
+            color=color,
+        )
 
 
 def _learning_rate(axes: Axes, records: Sequence[Record]) -> None:
@@ -116,7 +127,7 @@ def _gradient_norm(axes: Axes, records: Sequence[Record]) -> None:
     steps, norms = _series(records, "grad_norm")
     axes.plot(steps, norms, color=TRAIN, **RAW)
     axes.plot(steps, _smooth(norms), color=TRAIN, **BOLD)
-    axes.set(title="Gradient norm, before clipping", ylim=(0, None))
+    axes.set(title="Gradient norm, before clipping", yscale="log")
 
 
 def _expert_load(figure: Figure, axes: Axes, records: Sequence[Record]) -> None:
@@ -155,13 +166,14 @@ def _series(records: Sequence[Record], key: str) -> tuple[list[int], list[float]
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """The mean over a centred window of about 4 % of the curve, narrower towards its ends."""
+    """The mean over about 4 % of the curve around each step; at the start, over fewer on each side."""
     known = torch.tensor(values, dtype=torch.float64)
     sums = torch.stack([known.nan_to_num(), known.isfinite().double()]).cumsum(dim=1)
     sums = torch.nn.functional.pad(sums, (1, 0))
     place = torch.arange(len(values))
-    reach = torch.minimum(place, place.flip(0)).clamp(max=len(values) // 50)
-    total, count = sums[:, place + reach + 1] - sums[:, place - reach]
+    before = place.clamp(max=len(values) // 50)
+    after = torch.minimum(before, place.flip(0))
+    total, count = sums[:, place + after + 1] - sums[:, place - before]
     return (total / count).tolist()
 
 
@@ -169,17 +181,3 @@ def _binned(load: Tensor, most: int = 240) -> Tensor:
     """Sums over runs of equally many steps, so that no more than ``most`` columns are drawn."""
     width = -(-len(load) // most)
     return torch.stack([part.sum(dim=0) for part in load.split(width)])
-
-
-def _beside(axes: Axes, height: float, text: str, color: str) -> None:
-    """A number in the right margin, at its height."""
-    axes.annotate(
-        text,
-        xy=(1, height),
-        xycoords=("axes fraction", "data"),
-        xytext=(6, 0),
-        textcoords="offset points",
-        va="center",
-        color=color,
-        weight="bold",
-    )

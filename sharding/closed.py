@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any, Literal
@@ -77,18 +78,33 @@ def pull_back(f: Flat, xs: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[T
 
 
 class _Replayed:
-    """A function that draws the same random numbers whenever it is called again."""
+    """A function that, called again, draws the same random numbers and casts to the same dtypes."""
 
     def __init__(self, f: Flat) -> None:
         self.f = f
         self.start: list[Tensor] | None = None
+        self.casts: dict[str, torch.dtype] = {}
 
     def __call__(self, *xs: Tensor) -> tuple[Tensor, ...]:
         if self.start is None:
-            self.start = stand()
+            self.start, self.casts = stand(), _casts()
             return self.f(*xs)
-        with standing(self.start):
+        with standing(self.start), _casting(self.casts):
             return self.f(*xs)
+
+
+def _casts() -> dict[str, torch.dtype]:
+    """The kinds of device for which autocast is on, and the dtype that it casts to."""
+    kinds = ("cpu", "cuda")
+    return {k: torch.get_autocast_dtype(k) for k in kinds if torch.is_autocast_enabled(k)}
+
+
+@contextmanager
+def _casting(casts: dict[str, torch.dtype]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for kind in {**casts, **_casts()}:
+            stack.enter_context(torch.autocast(kind, casts.get(kind), enabled=kind in casts))
+        yield
 
 
 class _Closed(Node):
