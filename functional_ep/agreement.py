@@ -12,7 +12,7 @@ from sharding.tree import flatten, path_strings, show
 
 
 def structure_of(batches: tuple[Any, ...]) -> str:
-    """Paths, dtypes and dims of a batch, without sizes: those may differ between ranks.
+    """Paths, dtypes and dims of a batch, without sizes or numbers: those may differ.
 
     >>> structure_of(({"input_ids": torch.zeros(2, 8, dtype=torch.int64)},))
     "batch[0]['input_ids']: int64 with 2 dims"
@@ -28,7 +28,7 @@ def structure_of(batches: tuple[Any, ...]) -> str:
 def _describe(leaf: Any) -> str:
     if isinstance(leaf, Tensor):
         return f"{str(leaf.dtype)[6:]} with {leaf.dim()} dims"
-    return repr(leaf)
+    return type(leaf).__name__
 
 
 def check_agreement(text: str, what: str, comm: Comm) -> None:

@@ -13,6 +13,8 @@ from sharding.collectives import Collective, apply
 from sharding.comm import Op
 from sharding.tree import flatten
 
+RESERVED = ("loss", "count", "grad_norm", "lr")
+
 Loss = Callable[[Any, Any], tuple[Any, ...]]
 Aux = dict[str, Tensor]
 Sums = tuple[list[Tensor], Tensor, Tensor, Aux]
@@ -28,6 +30,11 @@ def accumulate(loss: Loss, plan: Plan, shards: list[Tensor], batches: Sequence[A
         more, more_total, more_count, more_aux = _sums(loss, plan, shards, batch)
         grads = [g + h for g, h in zip(grads, more, strict=True)]
         total, count = total + more_total, count + more_count
+        if sorted(aux) != sorted(more_aux):
+            raise ValueError(
+                f"the loss's aux has {sorted(aux)} for one microbatch and {sorted(more_aux)} for "
+                "another: return the same names each time"
+            )
         aux = {name: aux[name] + more_aux[name] for name in aux}
     if not torch._C._are_functorch_transforms_active():
         grads = _own(grads, [*shards, *flatten(batches)[0]])
@@ -86,7 +93,12 @@ def _checked(result: Any) -> tuple[Tensor, Tensor, Aux]:
     aux = rest[0] if rest else {}
     if not isinstance(aux, dict) or not all(isinstance(x, Tensor) for x in aux.values()):
         raise ValueError(f"the loss's aux is {_show(aux)}, not a dict of tensors: {right}")
-    return total, count, aux
+    taken = [name for name in aux if name in RESERVED or name.startswith("lr/")]
+    if taken:
+        raise ValueError(
+            f"the loss's aux has {taken[0]!r}, which is a metric of the step: rename it"
+        )
+    return total, count, {name: aux[name] for name in sorted(aux)}  # one order on all ranks
 
 
 def _show(x: Any) -> str:

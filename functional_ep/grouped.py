@@ -127,7 +127,7 @@ class _GroupedOuter(Node):
     def forward(g: Tensor, x: Tensor, counts: Counts) -> Tensor:
         if _has_kernel(x, g.shape[1]):
             offsets = _offsets(counts, x.device)
-            return torch.nn.functional.grouped_mm(g.t(), x.contiguous(), offs=offsets)
+            return torch.nn.functional.grouped_mm(g.contiguous().t(), x.contiguous(), offs=offsets)
         o = x.new_empty(len(counts), g.shape[1], x.shape[1])
         for g_e, x_e, o_e in zip(g.split(counts), x.split(counts), o.unbind(), strict=True):
             if len(x_e):

@@ -55,6 +55,9 @@ class Config:
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
+        for name in ("vocab", "layers", "experts", "ffn"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: at least 1")
         if self.heads < 1 or self.dim % (2 * self.heads):
             raise ValueError(
                 f"dim={self.dim} and heads={self.heads}: every head needs an even, equal share"
@@ -64,7 +67,7 @@ class Config:
 
 
 def init(cfg: Config, seed: int = 0, dtype: torch.dtype = torch.float32) -> Params:
-    """Global params, a pure function of the seed: normal with variance 1/fan-in, norms one.
+    """Global params on CPU, a pure function of the seed: normal with variance 1/fan-in, norms one.
 
     Projections into the residual stream are divided by ``sqrt(2 layers)``. Memory is that of the
     whole model.

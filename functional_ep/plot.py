@@ -67,7 +67,7 @@ def plot(records: Sequence[Record], path: str | Path, *, title: str = "") -> Non
         layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
         figure = Figure(figsize=(12, 8.4), dpi=150, layout=layout)
         figure.suptitle(title, x=0.012, ha="left", fontsize=11, color=MUTED)
-        grid = figure.add_gridspec(4, 2, width_ratios=(1.75, 1), height_ratios=(1, 1, 1, 1))
+        grid = figure.add_gridspec(4, 2, width_ratios=(2, 1), height_ratios=(1, 1, 1, 1))
         _loss(figure.add_subplot(grid[:2, 0]), records)
         _learning_rate(figure.add_subplot(grid[0, 1]), records)
         _gradient_norm(figure.add_subplot(grid[1, 1]), records)
@@ -124,10 +124,15 @@ def _learning_rate(axes: Axes, records: Sequence[Record]) -> None:
 
 
 def _gradient_norm(axes: Axes, records: Sequence[Record]) -> None:
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
+
     steps, norms = _series(records, "grad_norm")
     axes.plot(steps, norms, color=TRAIN, **RAW)
     axes.plot(steps, _smooth(norms), color=TRAIN, **BOLD)
     axes.set(title="Gradient norm, before clipping", yscale="log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.minorticks_off()
 
 
 def _expert_load(figure: Figure, axes: Axes, records: Sequence[Record]) -> None:
@@ -166,7 +171,7 @@ def _series(records: Sequence[Record], key: str) -> tuple[list[int], list[float]
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """The mean over about 4 % of the curve around each step; at the start, over fewer on each side."""
+    """The mean over about 4 % of the curve around each step, over less of it near its ends."""
     known = torch.tensor(values, dtype=torch.float64)
     sums = torch.stack([known.nan_to_num(), known.isfinite().double()]).cumsum(dim=1)
     sums = torch.nn.functional.pad(sums, (1, 0))

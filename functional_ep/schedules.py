@@ -32,7 +32,7 @@ def constant(value: float, *, warmup: int = 0) -> Schedule:
     >>> [float(constant(1.0, warmup=2)(torch.tensor(step))) for step in range(3)]
     [0.5, 1.0, 1.0]
     """
-    return _schedule(value, warmup, lambda step: torch.ones_like(step))
+    return _schedule(warmup, lambda step: torch.full_like(step, value))
 
 
 def cosine(peak: float, *, warmup: int = 0, total: int, final: float = 0.0) -> Schedule:
@@ -47,9 +47,9 @@ def cosine(peak: float, *, warmup: int = 0, total: int, final: float = 0.0) -> S
     fraction = _progress(warmup, total)
 
     def shape(step: Tensor) -> Tensor:
-        return final / peak + (1 - final / peak) * (1 + torch.cos(math.pi * fraction(step))) / 2
+        return final + (peak - final) * (1 + torch.cos(math.pi * fraction(step))) / 2
 
-    return _schedule(peak, warmup, shape)
+    return _schedule(warmup, shape)
 
 
 def linear(peak: float, *, warmup: int = 0, total: int, final: float = 0.0) -> Schedule:
@@ -59,7 +59,7 @@ def linear(peak: float, *, warmup: int = 0, total: int, final: float = 0.0) -> S
     [1.0, 0.75, 0.0, 0.0]
     """
     fraction = _progress(warmup, total)
-    return _schedule(peak, warmup, lambda step: 1 + (final / peak - 1) * fraction(step))
+    return _schedule(warmup, lambda step: peak + (final - peak) * fraction(step))
 
 
 def wsd(peak: float, *, warmup: int = 0, decay: int, total: int, final: float = 0.0) -> Schedule:
@@ -74,7 +74,7 @@ def wsd(peak: float, *, warmup: int = 0, decay: int, total: int, final: float = 
     if warmup + decay > total:
         raise ValueError(f"wsd: warmup={warmup} and decay={decay} do not fit into total={total}")
     fraction = _progress(total - decay, total)
-    return _schedule(peak, warmup, lambda step: 1 + (final / peak - 1) * fraction(step))
+    return _schedule(warmup, lambda step: peak + (final - peak) * fraction(step))
 
 
 def _progress(start: int, end: int) -> Schedule:
@@ -83,10 +83,10 @@ def _progress(start: int, end: int) -> Schedule:
     return lambda step: ((step - start) / (end - start)).clamp(0.0, 1.0)
 
 
-def _schedule(peak: float, warmup: int, shape: Schedule) -> Schedule:
+def _schedule(warmup: int, shape: Schedule) -> Schedule:
     def value(step: Tensor) -> Tensor:
         step = step.to(torch.float64)
         rising = ((step + 1) / warmup).clamp(max=1.0) if warmup else 1.0
-        return peak * rising * shape(step)
+        return rising * shape(step)
 
     return value

@@ -10,9 +10,7 @@ from torch import Tensor
 
 from sharding import Plan
 
-from .optim import Optimizer, by_label
-
-Moments = dict[str, dict[str, Tensor]]
+from .optim import Moments, Optimizer, by_label
 
 
 class State(NamedTuple):

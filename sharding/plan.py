@@ -154,12 +154,15 @@ class Plan:
         self.check_mesh(comm)
         leaves = self.flatten(shards, "shards")
         for x, leaf, layout in zip(leaves, self.leaves, self.layouts, strict=True):
+            where = show(leaf.path, "shards")
             if not isinstance(x, Tensor) or x.shape != (layout.shard_size,):
                 found = tuple(x.shape) if isinstance(x, Tensor) else repr(x)
                 raise ValueError(
-                    f"{show(leaf.path, 'shards')}: a shard ({layout.shard_size},) of {leaf.shape} "
+                    f"{where}: a shard ({layout.shard_size},) of {leaf.shape} "
                     f"expected, found {found}; shards come from plan.shard(params, comm)"
                 )
+            if x.dtype != leaf.dtype:
+                raise ValueError(f"{where}: {leaf.dtype} expected, found {x.dtype}")
         return leaves
 
     def __str__(self) -> str:
@@ -198,6 +201,7 @@ def make_plan(
     """
     leaves, spec = flatten(params)
     paths = path_strings(params)
+    _refuse_repeated(paths)
     labels_tree = label_of(params) if callable(label_of) else label_of
     labels, label_spec = flatten(labels_tree)
     if label_spec != spec:
@@ -219,6 +223,15 @@ def make_plan(
     if unknown:
         raise ValueError(f"precision[{unknown[0]!r}]: no such label; rules are for {list(rules)}")
     return Plan(unflatten(spec, made), dict(rules), mesh, dict(by_label or {}))
+
+
+def _refuse_repeated(paths: list[str]) -> None:
+    """Optimizer state and checkpoints know a leaf by its path."""
+    seen: set[str] = set()
+    for path in paths:
+        if path in seen:
+            raise ValueError(f"two leaves have the path {path!r}: rename a key; '/' joins keys")
+        seen.add(path)
 
 
 def _leaf(path: str, x: Any, label: Any, rules: Mapping[str, Rule], mesh: Mesh) -> Leaf:

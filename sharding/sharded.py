@@ -36,7 +36,8 @@ def sharded(
     Args:
         f: a function of a tree of views, or a list of such functions for a list of subtrees.
         plan: for the tree of shards, such as ``plan["blocks"][0]``, or for the list of them.
-        comm: the ranks; all must make the same calls.
+        comm: the ranks; all must make the same calls, and f may not return early on a rank that
+            has no data: whether a view is gathered again depends on whether f used it.
         backward: what happens to a gathered view between forward and backward. It never changes a
             bit of the result. ``"keep"``: it stays; fastest, most memory. ``"regather"``: freed
             and gathered again; activations stay. ``"recompute"``: activations go too; f runs again,

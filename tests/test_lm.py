@@ -30,6 +30,7 @@ def plan_on(mesh: Mesh, params: Any) -> Plan:
         (dict(dim=6, heads=2), "dim=6 and heads=2: every head needs an even, equal share"),
         (dict(top_k=5), "top_k=5: choose from 1 to experts=4"),
         (dict(top_k=0), "top_k=0"),
+        (dict(layers=0), "layers=0: at least 1"),
     ],
 )
 def test_impossible_models_are_refused(change: dict[str, Any], message: str) -> None:

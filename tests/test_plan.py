@@ -219,3 +219,18 @@ def test_functions_and_subtrees_that_differ_in_number_are_refused() -> None:
         simulate(lambda comm: sharded([abs] * 3, plan, comm)([torch.zeros(1)]), MESH)
     with pytest.raises(ValueError, match=r"backward='forget': choose one of \('keep', 'regather'"):
         simulate(lambda comm: sharded(abs, plan, comm, "forget"), MESH)  # pyright: ignore
+
+
+def test_two_leaves_of_one_path_are_refused() -> None:
+    params = {"a/b": torch.zeros(1), "a": {"b": torch.zeros(1)}}
+    labels = {"a/b": "dense", "a": {"b": "dense"}}
+    with pytest.raises(ValueError, match="two leaves have the path 'a/b'"):
+        make_plan(params, labels, {"dense": zero3("edp")}, Mesh(edp=1))
+
+
+def test_shards_of_another_dtype_are_refused() -> None:
+    plan = make_plan({"w": torch.zeros(2)}, {"w": "d"}, {"d": zero3("edp")}, Mesh(edp=1))
+    with pytest.raises(
+        ValueError, match=r"shards\['w'\]: torch.float32 expected, found torch.bfloat16"
+    ):
+        simulate(lambda comm: plan.full({"w": torch.zeros(2).bfloat16()}, comm), plan.mesh)

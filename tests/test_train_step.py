@@ -116,6 +116,23 @@ def test_metrics_are_global_and_named() -> None:
     assert float(metrics["grad_norm"]) == pytest.approx(2 * 14**0.5 / 3)
 
 
+def test_aux_is_summed_by_name_and_keeps_to_names_of_its_own() -> None:
+    def program(comm: Comm, names: list[str]) -> dict[str, Tensor]:
+        plan = a_plan()
+        values = {"a": torch.tensor(1), "b": torch.tensor(10), "loss": torch.tensor(7)}
+
+        def loss(view: dict[str, Tensor], x: Tensor) -> tuple[Any, ...]:
+            return (*squares(view, x), {name: values[name] for name in names})
+
+        step = make_train_step(sharded(loss, plan, comm), plan, sgd(0.1), comm)
+        return step(init_state(plan.shard(PARAMS, comm), plan, sgd(0.1)), torch.ones(3))[1]
+
+    metrics = simulate(program, MESH, [["a", "b"], ["b", "a"]])[0]
+    assert (int(metrics["a"]), int(metrics["b"])) == (2, 20)
+    with pytest.raises(ValueError, match="aux has 'loss', which is a metric of the step"):
+        simulate(program, MESH, [["loss"], ["loss"]])
+
+
 def test_a_step_without_any_token_changes_nothing() -> None:
     state, metrics = one_step(squares, torch.ones(0, 3))
     assert torch.equal(state.params["w"], PARAMS["w"][:2])

@@ -30,7 +30,8 @@ def distributed(
 
     Args:
         mesh: the ranks; its size is the number of processes.
-        timeout: seconds after which a collective that others do not join is a ``Divergence``.
+        timeout: seconds after which a collective that others do not join is a ``Divergence``
+            (gloo) or ended by NCCL's own watchdog.
         device: ``"cuda"`` (NCCL) or ``"cpu"`` (gloo); by default CUDA where there is one.
 
     Raises:

@@ -29,34 +29,45 @@ class NcclComm(DistributedComm):
                 self.groups[self.fiber(axes)] = group
 
     def _start(self, op: Op, xs: list[Tensor]) -> Work:
+        self.started += 1
         fiber = self.fiber(op.axes)
         ranks = tuple(sorted(fiber))
         group = self.groups[ranks]
         xs = [x.detach().contiguous() for x in xs]
-        self.started += 1
         order = [ranks.index(r) for r in fiber]
         if op.kind == "all_to_all":
             return _nccl_all_to_all(op, xs, group, order)
-        n, out = len(ranks), []
-        if op.kind == "reduce_scatter" and order != sorted(order):
+        n, ascending = len(ranks), order == sorted(order)
+        if op.kind == "reduce_scatter" and not ascending:
             xs = [_permute(x, n, [fiber.index(r) for r in ranks]) for x in xs]
-        with dist._coalescing_manager(group, async_ops=True, device=xs[0].device) as coalesced:
-            for x in xs:
-                if op.kind == "all_gather":
-                    out.append(x.new_empty(n * len(x), *x.shape[1:]))
-                    dist.all_gather_into_tensor(out[-1], x, group=group)
-                elif op.kind == "reduce_scatter":
-                    out.append(x.new_empty(len(x) // n, *x.shape[1:]))
-                    dist.reduce_scatter_tensor(out[-1], x, group=group)
-                else:
-                    out.append(x.clone())
-                    dist.all_reduce(out[-1], group=group)
+        out: list[Tensor] = list(xs)
+        works: list[Any] = []
+        for dtype in dict.fromkeys(x.dtype for x in xs):  # one launch carries one dtype
+            same = [i for i, x in enumerate(xs) if x.dtype == dtype]
+            with dist._coalescing_manager(group, async_ops=True, device=self.device) as coalesced:
+                for i in same:
+                    out[i] = _launch(op, xs[i], n, group)
+            works.append(coalesced)
 
         def arrived(ys: list[Tensor]) -> list[Tensor]:
-            unsorted = op.kind == "all_gather" and order != sorted(order)
+            unsorted = op.kind == "all_gather" and not ascending
             return [_permute(y, n, order) for y in ys] if unsorted else ys
 
-        return Then(_Launched([coalesced], out, xs), arrived)
+        return Then(_Launched(works, out, xs), arrived)
+
+
+def _launch(op: Op, x: Tensor, n: int, group: Any) -> Tensor:
+    """Start one collective; the result is there once the coalesced launch has been awaited."""
+    if op.kind == "all_gather":
+        y = x.new_empty(n * len(x), *x.shape[1:])
+        dist.all_gather_into_tensor(y, x, group=group)
+    elif op.kind == "reduce_scatter":
+        y = x.new_empty(len(x) // n, *x.shape[1:])
+        dist.reduce_scatter_tensor(y, x, group=group)
+    else:
+        y = x.clone()
+        dist.all_reduce(y, group=group)
+    return y
 
 
 class _Launched:
