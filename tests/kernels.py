@@ -31,6 +31,8 @@ def check_transforms(f: F, reference: F, x: Leaves, seed: int = 0) -> None:
     u, v = _directions(reference, x, seed)
     for name, (_, transform) in transforms.SHARED.items():
         assert_each_close(transform(f, x, u, v), transform(reference, x, u, v), name)
+    if not any(a.numel() for a in x):
+        return  # torch has no Jacobian of a function of no numbers
     expected = transforms.local_matrices(reference, x)
     for name, found in transforms.local_matrices(f, x).items():
         assert_each_close(tree_leaves(found), tree_leaves(expected[name]), name)
