@@ -17,7 +17,7 @@ from sharding.distributed import VARIABLES
 
 from . import config, data, metrics
 from .config import Recipe
-from .data import Corpus
+from .corpus import Corpus, read, standard_library
 from .malloc import keep_freed_memory
 from .plot import plot
 from .train import Report, train
@@ -71,7 +71,7 @@ def prepare(options: argparse.Namespace, launched: int | None) -> Job:
         recipe = config.assign(recipe, assignment)
     ranks = launched or options.simulate or 1
     mesh = mesh_of(options.mesh, ranks, recipe.model.experts)
-    corpus = data.read(options.data) if options.data else data.standard_library()
+    corpus = read(options.data) if options.data else standard_library()
     data.check(corpus, recipe.seq)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     out = options.out or _default_out(recipe, corpus, mesh)

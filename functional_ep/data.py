@@ -1,31 +1,20 @@
-"""Byte-level corpora. Which bytes a step sees depends on (seed, step) alone, on every mesh."""
+"""Byte-level batches. Which bytes a step sees depends on (seed, step) alone, on every mesh."""
 
 import lzma
 import math
-import os
-import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from hashlib import blake2b
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .corpus import Corpus
+
 IGNORED = -100
 """The label of a position that has no next byte; the loss leaves it out."""
 
-VALIDATION_SHARE = 0.05
-
 Batch = dict[str, Tensor]
-
-
-class Corpus(NamedTuple):
-    """Two uint8 vectors with no byte in common, and a sentence that says where they come from."""
-
-    train: Tensor
-    valid: Tensor
-    origin: str
 
 
 class Baselines(NamedTuple):
@@ -33,35 +22,6 @@ class Baselines(NamedTuple):
 
     unigram: float
     xz: float
-
-
-def standard_library() -> Corpus:
-    """The Python sources of the running interpreter's standard library, without its tests."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    foreign = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-    files = {
-        path.relative_to(root).as_posix(): path
-        for path in root.rglob("*.py")
-        if foreign.isdisjoint(path.relative_to(root).parts)
-    }
-    return _split(sorted(files.items()), f"Python's standard library, {root}")
-
-
-def read(paths: Sequence[str | Path]) -> Corpus:
-    """The bytes of files and, recursively, of directories, without their hidden entries.
-
-    Split by file: the digest of a file's path relative to the given directory decides whether it
-    trains or validates (about 5 %), so neither other files nor the place of the directory move it.
-    Each side keeps one file even where chance says otherwise. A single file is split by bytes: its
-    last 5 % validate. A file that two paths lead to counts once.
-
-    Raises:
-        OSError: a path that does not exist or cannot be read.
-        ValueError: no bytes at all, or none on one side.
-    """
-    named = [item for path in paths for item in sorted(_files(Path(path)))]
-    once = {path.resolve(): (name, path) for name, path in reversed(named)}
-    return _split(list(once.values()), ", ".join(map(str, paths)))
 
 
 def share(total: int, rank: int, ranks: int) -> slice:
@@ -175,70 +135,3 @@ def _check_valid(text: Tensor) -> None:
         raise ValueError(
             f"the validation text has {len(text)} bytes, and predicting needs 2; give more --data"
         )
-
-
-def _files(path: Path) -> Iterator[tuple[str, Path]]:
-    if path.is_file():
-        yield path.name, path
-    elif path.is_dir():
-        for file in path.rglob("*"):
-            name = file.relative_to(path)
-            if file.is_file() and not any(part.startswith(".") for part in name.parts):
-                yield name.as_posix(), file
-    else:
-        raise FileNotFoundError(
-            f"--data {path}: no such file or directory (looked from {Path.cwd()}); "
-            f"give an existing path"
-        )
-
-
-def _split(files: Sequence[tuple[str, Path]], origin: str) -> Corpus:
-    texts = [(name, _bytes(path)) for name, path in files]
-    texts = sorted(((name, text) for name, text in texts if text), key=lambda item: _place(item[0]))
-    if not texts:
-        raise ValueError(
-            f"no bytes to train on: {origin} holds {len(files)} files, none with any content; "
-            f"give --data a file or a directory that has text"
-        )
-    if len(texts) == 1:
-        return _split_bytes(texts[0][1], origin)
-    validating = sum(_place(name) < VALIDATION_SHARE for name, _ in texts)
-    validating = min(max(validating, 1), len(texts) - 1)
-    train, valid = (
-        _tensor(b"".join(text for _, text in side))
-        for side in (texts[validating:], texts[:validating])
-    )
-    return Corpus(
-        train,
-        valid,
-        f"{origin}: {len(texts)} files, {validating} of them for validation "
-        f"({len(train):,} + {len(valid):,} bytes)",
-    )
-
-
-def _split_bytes(text: bytes, origin: str) -> Corpus:
-    cut = len(text) - max(int(len(text) * VALIDATION_SHARE), 1)
-    if cut < 1:
-        raise ValueError(f"{origin} has one byte in all, nothing to split; give more --data")
-    return Corpus(
-        _tensor(text[:cut]),
-        _tensor(text[cut:]),
-        f"{origin}: a single file, so its last {len(text) - cut:,} of {len(text):,} bytes validate",
-    )
-
-
-def _place(name: str) -> float:
-    return int.from_bytes(blake2b(os.fsencode(name), digest_size=8).digest(), "big") / 2**64
-
-
-def _bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise OSError(
-            f"cannot read {path}: {error.strerror}; make it readable, or leave it out of --data"
-        ) from error
-
-
-def _tensor(text: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(text), dtype=torch.uint8)

@@ -15,8 +15,10 @@ from sharding import Comm, Precision, expert_parallel, make_plan, zero3
 from sharding.collectives import psum
 
 from . import data, lm, metrics
+from .agreement import check_agreement
 from .config import Recipe
-from .data import Baselines, Batch, Corpus
+from .corpus import Corpus, fingerprint
+from .data import Baselines, Batch
 from .optim import adamw
 from .schedules import cosine
 from .state import State, init_state
@@ -76,8 +78,10 @@ def train(comm: Comm, recipe: Recipe, corpus: Corpus, *, device: torch.device, l
     The records are the same, up to rounding and speed, on every rank of every mesh.
 
     Raises:
+        ValueError: on every rank, when they have not read the same corpus.
         FloatingPointError: on every rank, when the loss is no longer finite.
     """
+    check_agreement(fingerprint(corpus), "corpus", comm)
     parameters, loss, logits, step, state = build(comm, recipe, device)
     valid = corpus.valid[: recipe.eval_bytes]
     baselines = data.baselines(valid)

@@ -78,16 +78,12 @@ def make_train_step(
     if clip is not None and not clip > 0:
         raise ValueError(f"clip={clip}: the largest norm is positive; None does not clip")
     update = _Update(plan, optimizers, comm, clip, donate)
-    agreed: set[str] = set()  # structures that all ranks have confirmed, as a jit caches its traces
 
     def step(state: State, *batches: Any) -> tuple[State, Metrics]:
         _check_state(state, batches)
         if donate and torch._C._are_functorch_transforms_active():
             raise ValueError("donate=True under a transform: a transform needs its inputs later")
-        structure = structure_of(batches)
-        if structure not in agreed:
-            check_agreement(structure, "batch", comm)
-            agreed.add(structure)
+        check_agreement(structure_of(batches), "batch", comm)
         shards = plan.check_shards(state.params, comm)
         grads, total, count, aux = accumulate(loss, plan, shards, batches)
         names, sums = list(aux), [total, count, *aux.values()]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .mesh import Axes, Mesh
+from .plain import outside_transforms, plain
 
 Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all"]
 
@@ -78,7 +79,8 @@ class Comm(ABC):
     """One rank's access to the others: its place on the mesh, and the raw collectives.
 
     The raw collectives are not differentiable: see :mod:`sharding.collectives`. They leave their
-    inputs unchanged; on a fiber of one rank the results are the inputs themselves.
+    inputs unchanged; on a fiber of one rank the results are the inputs themselves. Inside of a
+    transform they act on the plain tensors, and their results are constants.
 
     >>> from sharding import simulate
     >>> simulate(lambda comm: (comm.rank, comm.coords, comm.fiber(("ep",))), Mesh(edp=2, ep=2))[3]
@@ -116,8 +118,8 @@ class Comm(ABC):
         check(op, xs, len(self.fiber(op.axes)))
         if len(self.fiber(op.axes)) == 1 or not xs:
             return Done(list(xs))
-        with torch.no_grad():
-            return self._start(op, list(xs))
+        with torch.no_grad(), outside_transforms():
+            return self._start(op, list(map(plain, xs)))
 
     def all_gather(self, xs: Sequence[Tensor], axes: Axes) -> list[Tensor]:
         """``[k, ...] -> [n k, ...]``: each tensor of the fiber, concatenated in fiber order."""
@@ -160,9 +162,9 @@ def check(op: Op, xs: Sequence[Tensor], ranks: int) -> None:
                 )
 
 
-def ordered_sum(xs: Sequence[Tensor]) -> Tensor:
+def ordered_sum(xs: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
     """``((x0 + x1) + x2) + ...``: every transport adds in fiber order, so all agree to the bit."""
-    total = xs[0] + xs[1] if len(xs) > 1 else xs[0].clone()
+    total = torch.add(xs[0], xs[1], out=out) if len(xs) > 1 else xs[0].clone()
     for x in xs[2:]:
         total += x
     return total

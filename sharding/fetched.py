@@ -20,6 +20,7 @@ from torch._functorch.eager_transforms import grad_increment_nesting
 from .comm import Comm, Work
 from .gather import Gather
 from .node import Node
+from .plain import plain
 
 
 def can_release(shards: Sequence[Tensor]) -> bool:
@@ -32,11 +33,7 @@ def can_release(shards: Sequence[Tensor]) -> bool:
     if not stack:
         return not any(map(_functorch.is_functorch_wrapped_tensor, shards))
     alone = len(stack) == 1 and stack[0].key() == _functorch.TransformType.Grad
-    return alone and not any(x.requires_grad for x in map(_plain, shards))
-
-
-def _plain(x: Tensor) -> Tensor:
-    return _functorch.get_unwrapped(x) if _functorch.is_functorch_wrapped_tensor(x) else x
+    return alone and not any(x.requires_grad for x in map(plain, shards))
 
 
 class _Note(NamedTuple):
@@ -60,12 +57,12 @@ class Fetched:
         previous: Fetched | None,
     ) -> None:
         self.gather, self.comm, self.previous = gather, comm, previous
-        self.shards = [_plain(x).detach() for x in shards]
+        self.shards = [plain(x).detach() for x in shards]
         self.versions = [x._version for x in self.shards]
         self.places = {
-            plain.untyped_storage().data_ptr(): (i, plain.storage_offset())
-            for i, plain in enumerate(map(_plain, views))
-            if gather.layouts[i].is_fetched and plain.numel()
+            x.untyped_storage().data_ptr(): (i, x.storage_offset())
+            for i, x in enumerate(map(plain, views))
+            if gather.layouts[i].is_fetched and x.numel()
         }
         self.witness = torch.empty(0)  # wrapped by the transform that is active, if there is one
         self.noted = False
@@ -115,16 +112,16 @@ class Fetched:
                 _autograd._saved_tensors_hooks_disable(refusal)
 
     def _note(self, saved: Tensor) -> Tensor | _Note:
-        plain = _plain(saved)
-        if plain.layout is not torch.strided:
+        x = plain(saved)
+        if x.layout is not torch.strided:
             return saved
-        place = self.places.get(plain.untyped_storage().data_ptr())
-        if place is None or plain.dtype != self.gather.layouts[place[0]].compute_dtype:
+        place = self.places.get(x.untyped_storage().data_ptr())
+        if place is None or x.dtype != self.gather.layouts[place[0]].compute_dtype:
             return saved
         self.noted = True
         view, start = place
-        offset = int(plain.storage_offset() - start)
-        return _Note(view, tuple(plain.shape), plain.stride(), offset)
+        offset = int(x.storage_offset() - start)
+        return _Note(view, tuple(x.shape), x.stride(), offset)
 
     def _read(self, note: Tensor | _Note) -> Tensor:
         if isinstance(note, Tensor):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import NamedTuple
 
 import pytest
@@ -16,9 +17,9 @@ from torch import Tensor
 import sharding.comm
 from sharding import Comm, Mesh, simulate
 from sharding.comm import Kind, Op
-from sharding.distributed.pairwise import ONE_HOP
+from sharding.distributed.gloo import SMALL, GlooLink
+from sharding.distributed.pairwise import ONE_HOP, PairwiseComm
 from sharding.mesh import Axes
-from sharding.packing import SMALL
 from sharding.rule import Shape
 from sharding.testing import axes_of, meshes, seeds
 
@@ -149,6 +150,21 @@ def factorisations(ranks: int) -> st.SearchStrategy[Mesh]:
     return st.sampled_from([Mesh(edp=n, ep=ranks // n) for n in sizes])
 
 
+def across_hosts(
+    comm: Comm, in_flight: Sequence[Call], backwards: bool, hosts: Sequence[int]
+) -> list[list[Tensor]]:
+    """The same program, with ranks on as many hosts as are told apart: only gloo links those."""
+    assert isinstance(comm, PairwiseComm)
+    near = dict(comm.links)
+    for peer in near:
+        if hosts[peer] != hosts[comm.rank]:
+            comm.links[peer] = GlooLink(peer, comm.timeout, comm.buffers)
+    try:
+        return program(comm, in_flight, backwards)
+    finally:
+        comm.links = near
+
+
 @real(2)
 @given(data=st.data())
 @pytest.mark.parametrize("size", [2, 4])
@@ -159,7 +175,10 @@ def test_real_ranks_follow_the_specification(
     mesh = data.draw(factorisations(size))
     in_flight = data.draw(st.lists(calls(mesh), min_size=1, max_size=3))
     arguments = everywhere(mesh, in_flight, data.draw(st.booleans()))
-    check_backend(in_flight, mesh, farm.run(program, mesh, *arguments))
+    hosts = data.draw(st.lists(st.integers(0, 2), min_size=size, max_size=size))
+    for each in ([0] * size, hosts):
+        found = farm.run(across_hosts, mesh, *arguments, [each] * size)
+        check_backend(in_flight, mesh, found)
 
 
 @pytest.mark.parametrize("axes", [("edp", "ep"), ("ep", "edp"), ("ep",)])
@@ -171,8 +190,9 @@ def test_sums_around_the_size_from_which_they_take_two_hops(
     tensors = [Tensors((n,), torch.float32) for n in (entries, 1, 0, 3)]
     large = Call("all_reduce", axes, (*tensors, Tensors((5, 3), torch.float64)))
     in_flight = [large, Call("all_gather", axes, tuple(tensors)), large._replace(seed=1)]
-    for backwards in (False, True):
-        found = ranks4.run(program, mesh, *everywhere(mesh, in_flight, backwards))
+    for backwards, hosts in product((False, True), ([0] * 4, [0, 0, 1, 1], [0, 1, 2, 3])):
+        arguments = everywhere(mesh, in_flight, backwards)
+        found = ranks4.run(across_hosts, mesh, *arguments, [hosts] * 4)
         check_backend(in_flight, mesh, found)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from functional_ep import cli, config, data, metrics
 from functional_ep.config import Recipe
-from functional_ep.data import Corpus
+from functional_ep.corpus import Corpus
 from functional_ep.train import Report, generate, train
 from sharding import Comm, Mesh, simulate
 
@@ -66,6 +66,17 @@ def test_the_curve_is_the_same_on_every_mesh(mesh: Mesh, corpus: Corpus) -> None
                 assert record[name] == pytest.approx(reference[name], rel=1e-4), name
         assert report.valid_bits_per_byte == pytest.approx(alone.valid_bits_per_byte, rel=1e-4)
         assert (report.tokens, report.parameters) == (alone.tokens, alone.parameters)
+
+
+def test_ranks_that_have_read_different_texts_are_refused(corpus: Corpus) -> None:
+    other = corpus._replace(train=corpus.train.flip(0))
+
+    def program(comm: Comm, corpus: Corpus) -> Report:
+        return train(comm, TINY, corpus, device=torch.device("cpu"), log=lambda record: None)
+
+    message = r"the corpus differs between ranks.*\['train: 3000 bytes, \w+'\].*\['train: 3000"
+    with pytest.raises(ValueError, match=message):
+        simulate(program, Mesh(edp=1, ep=2), [corpus, other])
 
 
 def test_evaluations_come_when_asked_and_at_the_end_beside_their_baselines(corpus: Corpus) -> None:

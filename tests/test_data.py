@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from functional_ep import data
+from functional_ep.corpus import Corpus, read, standard_library
 
 RANKS = st.integers(1, 9)
 TEXTS = st.binary(min_size=2, max_size=80)
@@ -125,7 +126,7 @@ def test_baselines_are_the_entropy_and_the_size_of_the_predicted_bytes() -> None
 
 def test_the_split_is_by_file_and_loses_nothing(tmp_path: Path) -> None:
     files = {f"{n // 10}/{n}.txt": bytes([n]) * (n + 1) for n in range(200)}
-    corpus = data.read([write(tmp_path, files)])
+    corpus = read([write(tmp_path, files)])
     train, valid = (torch.bincount(side.long(), minlength=200) for side in corpus[:2])
     assert torch.equal(train + valid, torch.arange(1, 201))
     assert not (train.bool() & valid.bool()).any(), "a file on both sides"
@@ -135,8 +136,8 @@ def test_the_split_is_by_file_and_loses_nothing(tmp_path: Path) -> None:
 def test_neither_other_files_nor_the_place_of_the_directory_move_a_file(tmp_path: Path) -> None:
     files = {f"{n}.txt": bytes([n]) for n in range(200)}
     few = dict(list(files.items())[::2])
-    before = data.read([write(tmp_path / "a", few)])
-    after = data.read([write(tmp_path / "elsewhere" / "b", files)])
+    before = read([write(tmp_path / "a", few)])
+    after = read([write(tmp_path / "elsewhere" / "b", files)])
     assert set(before.valid.tolist()) == set(after.valid.tolist()) & set(
         before.train.tolist() + before.valid.tolist()
     )
@@ -148,7 +149,7 @@ def test_few_files_leave_no_side_empty(
     count: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     root = tmp_path_factory.mktemp("few")
-    corpus = data.read([write(root, {f"{n}": bytes([n]) for n in range(count)})])
+    corpus = read([write(root, {f"{n}": bytes([n]) for n in range(count)})])
     assert sorted([*corpus.train.tolist(), *corpus.valid.tolist()]) == list(range(count))
     assert len(corpus.train) and len(corpus.valid)
 
@@ -156,19 +157,19 @@ def test_few_files_leave_no_side_empty(
 def test_a_single_file_is_split_by_bytes_and_says_so(tmp_path: Path) -> None:
     text = bytes(range(200))
     write(tmp_path, {"only.txt": text, "empty.txt": b"", ".hidden": b"no", ".git/config": b"no"})
-    corpus = data.read([tmp_path])
+    corpus = read([tmp_path])
     assert (bytes(corpus.train.tolist()), bytes(corpus.valid.tolist())) == (text[:190], text[190:])
     assert corpus.origin == f"{tmp_path}: a single file, so its last 10 of 200 bytes validate"
 
 
 def test_a_file_reached_twice_counts_once(tmp_path: Path) -> None:
     write(tmp_path, {"a": b"aaaa", "b": b"bbbb"})
-    once, twice = data.read([tmp_path]), data.read([tmp_path, tmp_path / "a", tmp_path])
+    once, twice = read([tmp_path]), read([tmp_path, tmp_path / "a", tmp_path])
     assert torch.equal(once.train, twice.train) and torch.equal(once.valid, twice.valid)
 
 
 def test_the_standard_library_is_text_enough_and_has_no_tests() -> None:
-    corpus, again = data.standard_library(), data.standard_library()
+    corpus, again = standard_library(), standard_library()
     assert torch.equal(corpus.train, again.train) and torch.equal(corpus.valid, again.valid)
     assert len(corpus.train) > 5_000_000
     assert 0.01 < len(corpus.valid) / len(corpus.train) < 0.2
@@ -181,7 +182,7 @@ def test_the_standard_library_is_text_enough_and_has_no_tests() -> None:
 
 def test_a_missing_path_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as error:
-        data.read([tmp_path / "nowhere"])
+        read([tmp_path / "nowhere"])
     assert str(error.value) == (
         f"--data {tmp_path}/nowhere: no such file or directory (looked from {Path.cwd()}); "
         "give an existing path"
@@ -195,7 +196,7 @@ def test_an_unreadable_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     write(tmp_path, {"secret": b"?"})
     monkeypatch.setattr(Path, "read_bytes", refuse)
     with pytest.raises(OSError) as error:
-        data.read([tmp_path])
+        read([tmp_path])
     assert str(error.value) == (
         f"cannot read {tmp_path}/secret: Permission denied; "
         "make it readable, or leave it out of --data"
@@ -205,7 +206,7 @@ def test_an_unreadable_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_an_empty_corpus_is_refused(tmp_path: Path) -> None:
     write(tmp_path, {"a": b"", "b": b""})
     with pytest.raises(ValueError) as error:
-        data.read([tmp_path])
+        read([tmp_path])
     assert str(error.value) == (
         f"no bytes to train on: {tmp_path} holds 2 files, none with any content; "
         "give --data a file or a directory that has text"
@@ -215,7 +216,7 @@ def test_an_empty_corpus_is_refused(tmp_path: Path) -> None:
 def test_one_byte_cannot_be_split(tmp_path: Path) -> None:
     write(tmp_path, {"a": b"x"})
     with pytest.raises(ValueError) as error:
-        data.read([tmp_path])
+        read([tmp_path])
     assert str(error.value) == f"{tmp_path} has one byte in all, nothing to split; give more --data"
 
 
@@ -231,8 +232,8 @@ def test_texts_too_short_for_a_window_are_refused() -> None:
         next(data.windows(tensor(b"1"), sequences=1, length=4))
     single = "the validation text has 1 bytes, and predicting needs 2; give more --data"
     assert str(error.value) == single
-    data.check(data.Corpus(tensor(b"12345"), tensor(b"12"), ""), length=4)
+    data.check(Corpus(tensor(b"12345"), tensor(b"12"), ""), length=4)
     with pytest.raises(ValueError, match=re.escape(short)):
-        data.check(data.Corpus(tensor(b"1234"), tensor(b"12"), ""), length=4)
+        data.check(Corpus(tensor(b"1234"), tensor(b"12"), ""), length=4)
     with pytest.raises(ValueError, match=single):
-        data.check(data.Corpus(tensor(b"12345"), tensor(b"1"), ""), length=4)
+        data.check(Corpus(tensor(b"12345"), tensor(b"1"), ""), length=4)

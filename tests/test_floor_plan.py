@@ -26,21 +26,29 @@ sharding.mesh               <-
 sharding.tree               <-
 sharding.node               <-
 sharding.streams            <-
-sharding.comm               <- mesh
+sharding.plain              <-
+sharding.comm               <- mesh plain
 sharding.rule               <- mesh
 sharding.collectives        <- comm mesh node
 sharding.gather             <- collectives comm mesh rule
 sharding.footprint          <- gather
 sharding.plan               <- comm footprint gather mesh rule tree
 sharding.closed             <- node streams
-sharding.fetched            <- comm gather node
+sharding.fetched            <- comm gather node plain
 sharding.sharded            <- closed collectives comm fetched gather plan tree
 sharding.divergence         <- comm mesh
 sharding.simulate           <- comm divergence mesh streams
 sharding.buffers            <-
-sharding.packing            <- comm
+sharding.distributed.segments <-
+sharding.distributed.parcel <- distributed.segments
+sharding.distributed.link   <- distributed.parcel
+sharding.distributed.gloo   <- buffers distributed.parcel
+sharding.distributed.shared <- distributed.link distributed.parcel distributed.segments
+sharding.distributed.meet   <-
 sharding.distributed.ranks  <- comm mesh
-sharding.distributed.pairwise <- buffers comm distributed.ranks mesh packing
+sharding.distributed.pairwise <- buffers comm distributed.gloo distributed.link distributed.meet
+                               distributed.parcel distributed.ranks distributed.segments
+                               distributed.shared mesh plain
 sharding.distributed.nccl   <- comm distributed.ranks mesh
 sharding.distributed        <- distributed.nccl distributed.pairwise distributed.ranks mesh
 sharding.__init__           <- comm distributed gather mesh plan rule sharded simulate
@@ -67,14 +75,16 @@ functional_ep.lm            <- attention differentiate labels moe routing
                                sharding sharding.mesh sharding.sharded
 functional_ep.__init__      <- labels lm optim schedules state train_step sharding
 functional_ep.testing       <- lm optim schedules state train_step sharding sharding.testing
-functional_ep.data          <-
+functional_ep.corpus        <-
+functional_ep.data          <- corpus
 functional_ep.metrics       <-
 functional_ep.plot          <- metrics
 functional_ep.malloc        <-
 functional_ep.config        <- lm
-functional_ep.train         <- config data lm metrics optim schedules state train_step
-                               sharding sharding.collectives
-functional_ep.cli           <- config data malloc metrics plot train sharding sharding.distributed
+functional_ep.train         <- agreement config corpus data lm metrics optim schedules
+                               state train_step sharding sharding.collectives
+functional_ep.cli           <- config corpus data malloc metrics plot train
+                               sharding sharding.distributed
 functional_ep.__main__      <- cli
 """
 
@@ -330,4 +340,4 @@ def test_what_is_right_is_let_through() -> None:
     assert len(right.splitlines()) < FILE_LINES
     for check in (torch_imports, process_groups, *TASTE):
         assert check(File("functional_ep.moe", right)) == []
-    assert arrows(File("sharding.comm", "import torch\nfrom .mesh import Axes")) == []
+    assert arrows(File("sharding.rule", "import torch\nfrom .mesh import Axes")) == []

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from farm import Farm
 from laws import uneven
 from torch import Tensor
 
@@ -57,21 +58,38 @@ def test_a_loss_that_is_no_sum_and_count_is_refused(loss: Any, message: str) -> 
         one_step(loss)
 
 
-def test_ranks_with_batches_of_different_structure_are_refused() -> None:
-    def program(comm: Comm, batch: Any) -> Any:
-        plan = a_plan()
-        loss = sharded(lambda view, batch: (view["w"].sum(), 1), plan, comm)
-        step = make_train_step(loss, plan, sgd(0.1), comm)
-        return step(init_state(plan.shard(PARAMS, comm), plan, sgd(0.1)), batch)
+IDS = torch.ones(2, dtype=torch.int64)
 
-    ids, floats = torch.ones(2, dtype=torch.int64), torch.ones(2)
-    for one, other, difference in (
-        ({"x": ids}, {"x": ids, "mask": ids}, r"only rank 1 has \[\"batch\[0\]\['mask'\]"),
-        ({"x": ids}, {"x": floats}, r"int64 with 1 dims.*float32 with 1 dims"),
-        ({"x": ids}, {"x": ids[None]}, r"1 dims.*2 dims"),
-    ):
-        with pytest.raises(ValueError, match=difference):
-            simulate(program, MESH, [one, other])
+
+def steps(comm: Comm, *batches: Any) -> State:
+    """A step on each batch; a batch is a tuple of microbatches."""
+    plan = a_plan()
+    loss = sharded(lambda view, batch: (view["w"].sum(), 1), plan, comm)
+    step = make_train_step(loss, plan, sgd(0.1), comm)
+    state = init_state(plan.shard(PARAMS, comm), plan, sgd(0.1))
+    for batch in batches:
+        state, _ = step(state, *batch)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("other", "difference"),
+    [
+        (({"x": IDS, "mask": IDS},), r"only rank 1 has \[\"batch\[0\]\['mask'\]"),
+        (({"x": IDS.float()},), r"int64 with 1 dims.*float32 with 1 dims"),
+        (({"x": IDS[None]},), r"1 dims.*2 dims"),
+        (({"x": IDS}, {"x": IDS}), r"only rank 1 has \[\"batch\[1\]\['x'\]"),
+    ],
+)
+def test_ranks_with_batches_of_different_structure_are_refused(
+    other: Any, difference: str, ranks2: Farm
+) -> None:
+    good = ({"x": IDS},)
+    for earlier in ((), (good,), (good, other)):  # whatever all ranks have agreed on before
+        for run in (simulate, ranks2.run):
+            each = [[batch] * 2 for batch in earlier]
+            with pytest.raises(ValueError, match=difference):
+                run(steps, MESH, *each, [good, other])
 
 
 def test_bad_arguments_are_refused() -> None:

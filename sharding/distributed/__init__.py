@@ -72,7 +72,11 @@ def distributed(
         devices = init_device_mesh(
             device, tuple(sizes.values()), mesh_dim_names=tuple(sizes.keys())
         )
-        yield kind(mesh, dist.get_rank(), devices, timeout)
+        comm = kind(mesh, dist.get_rank(), devices, timeout)
+        try:
+            yield comm
+        finally:
+            comm.close()
     finally:
         if ours:
             dist.destroy_process_group()

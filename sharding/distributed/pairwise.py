@@ -1,148 +1,182 @@
-"""Ranks on CPU: every collective is an exchange of slices between pairs of ranks.
+"""Ranks on CPU: every collective is an exchange of parcels between pairs of ranks.
 
-Slices travel straight from the input into the slices of the output; gloo's own all-gather and
-reduce-scatter move each byte several times.
+Slices travel straight from the input into the slices of the output, or are added where they lie;
+gloo's own all-gather and reduce-scatter move each byte several times.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from datetime import timedelta
-from typing import Any
+from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from sharding.buffers import Buffers
 from sharding.comm import Divergence, Op, Then, Work, ordered_sum
+from sharding.distributed.gloo import GlooLink
+from sharding.distributed.link import Arrival, Link, Mismatch, Sending
+from sharding.distributed.meet import meet
+from sharding.distributed.parcel import Parcel
 from sharding.distributed.ranks import DistributedComm
+from sharding.distributed.segments import Outbox
+from sharding.distributed.shared import SharedLink
 from sharding.mesh import Mesh
-from sharding.packing import pack
+from sharding.plain import outside_transforms
 
 ONE_HOP = 1 << 18  # bytes up to which an all-reduce sends everything to everyone at once
+MOST = 20  # tensors that a message names
+
+T = TypeVar("T")
+Parts = dict[int, list[Tensor]]  # what has come, by the sender's place in the fiber
 
 
 class Exchange:
-    """Messages under way to and from the other ranks of a fiber."""
+    """A collective under way: what goes to and comes from each of the others of its fiber."""
 
-    def __init__(self, comm: PairwiseComm, op: Op, out: list[Tensor]) -> None:
-        self.comm, self.op, self.out = comm, op, out
-        self.messages: list[tuple[int, Any]] = []
-        self.keep: list[Tensor] = []  # what is being sent must outlive the sending
+    def __init__(self, comm: PairwiseComm, op: Op, about: bytes) -> None:
+        self.comm, self.op, self.about = comm, op, about
+        self.sent: list[tuple[int, Sending]] = []
+        self.awaited: dict[int, tuple[int, Arrival]] = {}
+        self.finish: Callable[[Parts], list[Tensor]] = lambda _: []
         comm.started += 1
         self.number = comm.started
 
-    def send(self, x: Tensor, peer: int) -> None:
-        if x.numel():
-            self.keep.append(x)
-            self.attempt(peer, lambda: self.messages.append((peer, dist.isend(x, peer))))
+    def send(self, parcel: Parcel, peer: int) -> None:
+        sending = self._attempt(peer, lambda: self.comm.links[peer].send(parcel))
+        if sending is not None:
+            self.sent.append((peer, sending))
 
-    def receive(self, x: Tensor, peer: int) -> None:
-        if x.numel():
-            self.attempt(peer, lambda: self.messages.append((peer, dist.irecv(x, peer))))
+    def receive(self, like: Sequence[Tensor], place: int, peer: int, into: bool = False) -> None:
+        link = self.comm.links[peer]
+        arrival = self._attempt(peer, lambda: link.receive(like, into, self.about))
+        self.awaited[place] = peer, arrival
 
     def wait(self) -> list[Tensor]:
-        patience = timedelta(seconds=self.comm.timeout)
-        while self.messages:
-            peer, message = self.messages.pop(0)
-            self.attempt(peer, lambda message=message: message.wait(patience))
-        self.keep = []
-        return self.out
+        with outside_transforms():
+            parts = {
+                place: self._attempt(peer, arrival.wait)
+                for place, (peer, arrival) in self.awaited.items()
+            }
+            result = self.finish(parts)
+            for peer, sending in self.sent:
+                self._attempt(peer, sending.wait)
+            self._release()
+            return result
+
+    def _release(self) -> None:
+        while self.awaited:
+            _, (peer, arrival) = self.awaited.popitem()
+            self._attempt(peer, arrival.release)
+        self.sent = []
 
     def __del__(self) -> None:
-        # Nobody asked for the result (a view fetched ahead of a backward pass that ended early),
-        # but its memory may go only after the messages have.
+        # Nobody asked for the result: of a view fetched ahead of a backward pass that ended early.
         with suppress(Exception):
-            self.wait()
+            for peer, sending in self.sent:
+                self._attempt(peer, sending.wait)
+            self._release()
 
-    def attempt(self, peer: int, act: Callable[[], object]) -> None:
+    def _attempt(self, peer: int, act: Callable[[], T]) -> T:
         try:
-            act()
-        except RuntimeError as error:
-            self.messages = []
-            comm, mesh = self.comm, self.comm.mesh
-            shapes = ", ".join(str(list(x.shape)) for x in self.out)
-            raise Divergence(
-                f"rank {comm.rank} {comm.coords} is at {self.op} with result [{shapes}], its "
-                f"collective no. {self.number}; rank {peer} {mesh.coords(peer)} did not join it "
-                f"within {comm.timeout:g} s or has gone. Every rank of a fiber must start the same "
-                f"collectives in the same order, also a rank with no tokens. ({error})"
-            ) from error
+            return act()
+        except (RuntimeError, OSError) as error:
+            self.sent, self.awaited = [], {}
+            raise Divergence(self._describe(peer, error)) from error
+
+    def _describe(self, peer: int, error: Exception) -> str:
+        comm, mesh = self.comm, self.comm.mesh
+        other = f"rank {peer} {mesh.coords(peer)}"
+        if isinstance(error, Mismatch):
+            problem = f"{other} has sent something else: {error}"
+        else:
+            problem = f"{other} did not join it within {comm.timeout:g} s or has gone ({error})"
+        return (
+            f"rank {comm.rank} {comm.coords} is at {self.op}, {self.about.decode()}, its "
+            f"collective no. {self.number}; {problem}. Every rank of a fiber must start the same "
+            "collectives in the same order, also a rank with no tokens."
+        )
 
 
 class PairwiseComm(DistributedComm):
-    """Collectives as messages between pairs of ranks."""
+    """Collectives as parcels between pairs of ranks: in shared memory on a host, else by gloo."""
 
     def __init__(self, mesh: Mesh, rank: int, devices: DeviceMesh, timeout: float) -> None:
         super().__init__(mesh, rank, devices, timeout)
-        self.buffers = Buffers()
+        self.buffers, self.outbox = Buffers(), Outbox()
+        near = meet(rank, mesh.size, timeout)
+        self.links: dict[int, Link] = {
+            peer: SharedLink(peer, near[peer], self.outbox, timeout)
+            if peer in near
+            else GlooLink(peer, timeout, self.buffers)
+            for peer in mesh
+            if peer != rank
+        }
+
+    def close(self) -> None:
+        for link in self.links.values():
+            link.close()
+        self.outbox.close()
 
     def _start(self, op: Op, xs: list[Tensor]) -> Work:
         xs = [x.detach().contiguous() for x in xs]
-        if op.kind == "all_to_all":
-            return self._all_to_all(op, xs)
-        n = len(self.fiber(op.axes))
-        packed, unpack = pack(op.kind, xs, n)
         if op.kind == "all_gather":
-            return Then(self._all_gather(op, packed), unpack)
+            return self._all_gather(op, xs)
         if op.kind == "reduce_scatter":
-            return Then(self._reduce_scatter(op, packed), unpack)
-        return Then(self._all_reduce(op, packed), unpack)
+            return self._reduce_scatter(op, xs)
+        if op.kind == "all_reduce":
+            return self._all_reduce(op, xs)
+        return self._all_to_all(op, xs)
 
-    def _peers(self, op: Op) -> Iterator[tuple[int, int, int, int]]:
-        """Each round's partners, as places and as ranks: whom to receive from, whom to send to."""
+    def _peers(self, op: Op) -> Iterator[tuple[int, int]]:
+        """The others of the fiber, place and rank, each rank beginning with its neighbour."""
         fiber, me = self.fiber(op.axes), self.index(op.axes)
         for d in range(1, len(fiber)):
-            source, target = (me - d) % len(fiber), (me + d) % len(fiber)
-            yield source, fiber[source], target, fiber[target]
+            place = (me + d) % len(fiber)
+            yield place, fiber[place]
 
     def _all_gather(self, op: Op, xs: list[Tensor]) -> Work:
         n, me = len(self.fiber(op.axes)), self.index(op.axes)
         out = [self.buffers.take((n * len(x), *x.shape[1:]), x) for x in xs]
         slices = [y.view(n, *x.shape) for x, y in zip(xs, out, strict=True)]
-        exchange = Exchange(self, op, out)
-        for source, sender, _, receiver in self._peers(op):
-            for x, y in zip(xs, slices, strict=True):
-                exchange.receive(y[source], sender)
-                exchange.send(x, receiver)
-        for x, y in zip(xs, slices, strict=True):
-            y[me].copy_(x)
+        exchange = Exchange(self, op, _about(op, xs))
+        parcel = Parcel(xs, exchange.about)
+        for place, peer in self._peers(op):
+            exchange.receive([y[place] for y in slices], place, peer, into=True)
+            exchange.send(parcel, peer)
+        torch._foreach_copy_([y[me] for y in slices], xs)
+        exchange.finish = lambda _: out
         return exchange
 
     def _reduce_scatter(self, op: Op, xs: list[Tensor]) -> Work:
         n, me = len(self.fiber(op.axes)), self.index(op.axes)
         slices = [x.view(n, len(x) // n, *x.shape[1:]) for x in xs]
-        parts = [[s[me]] * n for s in slices]
-        exchange = Exchange(self, op, [])
-        for source, sender, target, receiver in self._peers(op):
-            for s, part in zip(slices, parts, strict=True):
-                part[source] = self.buffers.take(s.shape[1:], s)
-                exchange.receive(part[source], sender)
-                exchange.send(s[target], receiver)
-        return Then(exchange, lambda _: [self._sum(part) for part in parts])
-
-    def _sum(self, parts: Sequence[Tensor]) -> Tensor:
-        total = self.buffers.take(parts[0].shape, parts[0])
-        torch.add(parts[0], parts[1], out=total)
-        for part in parts[2:]:
-            total += part
-        return total
+        mine = [s[me] for s in slices]
+        exchange = Exchange(self, op, _about(op, xs))
+        for place, peer in self._peers(op):
+            exchange.receive(mine, place, peer)
+            exchange.send(Parcel([s[place] for s in slices], exchange.about), peer)
+        exchange.finish = lambda parts: self._sums(parts | {me: mine})
+        return exchange
 
     def _all_reduce(self, op: Op, xs: list[Tensor]) -> Work:
-        n = len(self.fiber(op.axes))
+        n, me = len(self.fiber(op.axes)), self.index(op.axes)
         if n > 2 and sum(x.nbytes for x in xs) > ONE_HOP:
             return self._two_hops(op, xs, n)
-        parts = [[x] * n for x in xs]
-        exchange = Exchange(self, op, [])
-        for source, sender, _, receiver in self._peers(op):
-            for x, part in zip(xs, parts, strict=True):
-                part[source] = self.buffers.take(x.shape, x)
-                exchange.receive(part[source], sender)
-                exchange.send(x, receiver)
-        return Then(exchange, lambda _: [ordered_sum(part) for part in parts])
+        exchange = Exchange(self, op, _about(op, xs))
+        parcel = Parcel(xs, exchange.about)
+        for place, peer in self._peers(op):
+            exchange.receive(xs, place, peer)
+            exchange.send(parcel, peer)
+        exchange.finish = lambda parts: self._sums(parts | {me: xs})
+        return exchange
+
+    def _sums(self, parts: Parts) -> list[Tensor]:
+        """The sum over the fiber, in its order, of each tensor."""
+        columns = zip(*(parts[place] for place in sorted(parts)), strict=True)
+        return [ordered_sum(xs, self.buffers.take(xs[0].shape, xs[0])) for xs in columns]
 
     def _two_hops(self, op: Op, xs: list[Tensor], n: int) -> Work:
         """Sum a slice each, then gather the slices: less to send when there are many ranks."""
@@ -160,11 +194,18 @@ class PairwiseComm(DistributedComm):
         out = [x.new_empty(sum(op.receive), *x.shape[1:]) for x in xs]
         sends = [x.split(op.send) for x in xs]
         receives = [y.split(op.receive) for y in out]
-        exchange = Exchange(self, op, out)
-        for source, sender, target, receiver in self._peers(op):
-            for s, r in zip(sends, receives, strict=True):
-                exchange.receive(r[source], sender)
-                exchange.send(s[target], receiver)
-        for s, r in zip(sends, receives, strict=True):
-            r[me].copy_(s[me])
+        exchange = Exchange(self, op, _about(op, xs))
+        for place, peer in self._peers(op):
+            exchange.receive([r[place] for r in receives], place, peer, into=True)
+            exchange.send(Parcel([s[place] for s in sends], exchange.about), peer)
+        torch._foreach_copy_([r[me] for r in receives], [s[me] for s in sends])
+        exchange.finish = lambda _: out
         return exchange
+
+
+def _about(op: Op, xs: Sequence[Tensor]) -> bytes:
+    """What all ranks of the fiber say alike of a collective: how many rows go where may differ."""
+    skip = 1 if op.kind == "all_to_all" else 0
+    shapes = ", ".join(f"{str(x.dtype)[6:]}{list(x.shape[skip:])}" for x in xs[:MOST])
+    more = f" and {len(xs) - MOST} more" if len(xs) > MOST else ""
+    return f"{op.kind}{op.axes} of [{shapes}{more}]".encode()
