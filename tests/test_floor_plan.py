@@ -35,7 +35,8 @@ sharding.footprint          <- gather
 sharding.plan               <- comm footprint gather mesh rule tree
 sharding.closed             <- node streams
 sharding.fetched            <- comm gather node plain
-sharding.sharded            <- closed collectives comm fetched gather plan tree
+sharding.walk               <- closed collectives comm fetched gather plan tree
+sharding.sharded            <- comm plan walk
 sharding.divergence         <- comm mesh
 sharding.simulate           <- comm divergence mesh streams
 sharding.buffers            <-

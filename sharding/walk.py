@@ -1,0 +1,171 @@
+"""A walk over units: each is gathered when it is visited, and the gather of the next runs ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from .closed import closed
+from .collectives import start, wait
+from .comm import Comm
+from .fetched import Fetched, can_release, release_after_backward
+from .gather import Gather
+from .plan import Plan
+from .tree import flatten, unflatten
+
+Backward = Literal["keep", "regather", "recompute"]
+
+
+class _Pending(NamedTuple):
+    """A unit's shards, and their gather under way (none, if nothing travels)."""
+
+    leaves: list[Tensor]
+    ticket: Tensor | None
+
+
+class Unit:
+    """Leaves that are gathered together, for one part of a computation.
+
+    Args:
+        plan: of the part, such as ``plan["blocks"][0]``.
+        comm: the ranks.
+        backward: see :func:`sharding.sharded`.
+    """
+
+    def __init__(self, plan: Plan, comm: Comm, backward: Backward = "regather") -> None:
+        if backward not in get_args(Backward):
+            raise ValueError(f"backward={backward!r}: choose one of {get_args(Backward)}")
+        plan.check_mesh(comm)
+        self.plan, self.comm, self.backward = plan, comm, backward
+        self.travelling = [i for i, w in enumerate(plan.layouts) if not w.is_local]
+        self.gather = Gather(tuple(plan.layouts[i] for i in self.travelling))
+
+    def fetch(self, shards: Any) -> _Pending:
+        """Check the shards and start gathering them."""
+        leaves = self.plan.check_shards(shards, self.comm)
+        if not self.travelling:
+            return _Pending(leaves, None)
+        ticket = start(self.gather, [leaves[i] for i in self.travelling], self.comm)
+        return _Pending(leaves, ticket)
+
+    def views(
+        self, pending: _Pending, keep: bool, previous: Fetched | None
+    ) -> tuple[list[Tensor], Fetched | None]:
+        """Await the views; unless they are kept, with the note by which they are fetched again."""
+        leaves, ticket = pending
+        pairs = zip(leaves, self.plan.layouts, strict=True)
+        views = [x.view(w.view_shape) if w.is_local else x for x, w in pairs]
+        if ticket is None:
+            return views, None
+        gathered, fetched = wait(self.gather, ticket, self.comm), None
+        sources = [leaves[i] for i in self.travelling]
+        if not keep and torch.is_grad_enabled() and can_release(sources):
+            fetched = Fetched(self.gather, sources, self.comm, gathered, previous)
+            gathered = release_after_backward(fetched, gathered)
+        for i, view in zip(self.travelling, gathered, strict=True):
+            views[i] = view
+        return views, fetched
+
+    def compute(self, f: Callable[..., Any], views: list[Tensor], args: tuple[Any, ...]) -> Any:
+        if self.backward == "recompute":
+            return _recomputed(f, self.plan.unflatten(list(views)), args)
+        return f(self.plan.unflatten(views), *args)
+
+
+class Walk:
+    """``visit(i, f, *args) = f(gather(shards[i]), *args)``, unit by unit, in one forward pass.
+
+    For computations whose order is somebody else's: units may be visited in any order, more than
+    once or not at all, but by all ranks alike. Each visit starts the gather of the unit after it,
+    if that has not been visited, and the backward pass that of the unit visited before it.
+    :func:`sharding.sharded` of a list is the walk from the first to the last.
+
+    Args:
+        units: the parts, in the order in which they are likely to be visited.
+        shards: a tree of shards for each of them.
+
+    >>> from sharding import Mesh, make_plan, simulate, zero3
+    >>> params = {"a": torch.ones(2), "b": torch.ones(2)}
+    >>> labels = {"a": "dense", "b": "dense"}
+    >>> plan = make_plan(params, labels, {"dense": zero3("edp")}, Mesh(edp=2))
+    >>> def program(comm):
+    ...     units = [Unit(plan["a"], comm), Unit(plan["b"], comm)]
+    ...     shards = plan.shard(params, comm)
+    ...     with Walk(units, [shards["a"], shards["b"]]) as walk:
+    ...         return walk.visit(1, lambda b, x: (b * x).sum(), 3.0)
+    >>> simulate(program, plan.mesh)
+    [tensor(6.), tensor(6.)]
+    """
+
+    def __init__(self, units: Sequence[Unit], shards: Sequence[Any]) -> None:
+        if len(shards) != len(units):
+            raise ValueError(f"{len(units)} units, but shards for {len(shards)}")
+        self.units, self.shards = units, shards
+        self.pending: dict[int, _Pending] = {}
+        self.visited: set[int] = set()
+        self.previous: Fetched | None = None
+
+    def __enter__(self) -> Walk:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Await what was fetched ahead and then not visited; a failed rank awaits nothing more."""
+        left, self.pending = self.pending, {}
+        if kind is None:
+            for i, pending in left.items():
+                self.units[i].views(pending, True, None)
+
+    def visit(self, i: int, f: Callable[..., Any], *args: Any) -> Any:
+        """``f(view of unit i, *args)``."""
+        unit = self.units[i]
+        pending = self._take(i)
+        views, fetched = unit.views(pending, unit.backward == "keep", self.previous)
+        del pending
+        self.previous = fetched or self.previous
+        self._fetch_ahead(i + 1)
+        with fetched.saving() if fetched else nullcontext():
+            return unit.compute(f, views, args)
+
+    def look(self, i: int) -> Any:
+        """The view of unit i without a computation around it: it stays as long as it is used."""
+        unit = self.units[i]
+        views, _ = unit.views(self._take(i), True, None)
+        return unit.plan.unflatten(views)
+
+    def _take(self, i: int) -> _Pending:
+        self.visited.add(i)
+        pending = self.pending.pop(i, None)
+        return self.units[i].fetch(self.shards[i]) if pending is None else pending
+
+    def _fetch_ahead(self, i: int) -> None:
+        if i < len(self.units) and i not in self.visited and i not in self.pending:
+            self.pending[i] = self.units[i].fetch(self.shards[i])
+
+
+def _recomputed(f: Callable[..., Any], view: Any, args: tuple[Any, ...]) -> Any:
+    """``f(view, *args)`` as one node that keeps only its inputs."""
+    leaves, spec = flatten((view, args))
+    places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
+    static = [None if isinstance(x, Tensor) else x for x in leaves]
+    out: list[Any] = []  # structure and leaves of the result, the same at every call
+
+    def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
+        every = list(static)
+        for i, x in zip(places, tensors, strict=True):
+            every[i] = x
+        view, args = unflatten(spec, every)
+        results, result_spec = flatten(f(view, *args))
+        found = [i for i, y in enumerate(results) if isinstance(y, Tensor)]
+        out[:] = [result_spec, found, [None if i in found else y for i, y in enumerate(results)]]
+        return tuple(results[i] for i in found)
+
+    flat.__name__ = getattr(f, "__name__", "f")
+    tensors = closed(flat)(*(leaves[i] for i in places))
+    result_spec, found, results = out[0], out[1], list(out[2])
+    for i, y in zip(found, tensors, strict=True):
+        results[i] = y
+    return unflatten(result_spec, results)
