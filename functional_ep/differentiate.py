@@ -21,7 +21,7 @@ Sums = tuple[list[Tensor], Tensor, Tensor, Aux]
 
 
 def accumulate(loss: Loss, plan: Plan, shards: list[Tensor], batches: Sequence[Any]) -> Sums:
-    """``(gradient, sum, count, aux)`` added over microbatches.
+    """``(gradient, sum, count, aux)`` added over microbatches; gradients of leaves not frozen.
 
     The gradients belong to the caller: none shares memory with a parameter, a batch or another.
     """
@@ -51,16 +51,22 @@ def sum_over_ranks(xs: Sequence[Tensor], comm: Comm) -> list[Tensor]:
 def _sums(loss: Loss, plan: Plan, shards: list[Tensor], batch: Any) -> Sums:
     """By plain autograd where no transform is active: it costs less Python, and the same bits."""
 
+    trained = [i for i, w in enumerate(plan.layouts) if not w.frozen]
+
     def total_and_rest(*leaves: Tensor) -> tuple[Tensor, tuple[Tensor, Aux]]:
-        total, count, aux = _checked(loss(plan.unflatten(list(leaves)), batch))
+        every = list(shards)
+        for i, x in zip(trained, leaves, strict=True):
+            every[i] = x
+        total, count, aux = _checked(loss(plan.unflatten(every), batch))
         return total, (count, aux)
 
+    wanted = [shards[i] for i in trained]
     if torch._C._are_functorch_transforms_active():
-        total, pull, *rest = torch.func.vjp(total_and_rest, *shards, has_aux=True)
+        total, pull, *rest = torch.func.vjp(total_and_rest, *wanted, has_aux=True)
         ((count, aux),) = rest
         return list(pull(torch.ones_like(total))), total, count, aux
     with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in shards]
+        leaves = [x.detach().requires_grad_() for x in wanted]
         total, (count, aux) = total_and_rest(*leaves)
     if not total.requires_grad:
         raise ValueError(

@@ -42,19 +42,20 @@ class Optimizer(NamedTuple):
 
 
 def by_label(optimizers: Optimizer | Mapping[str, Optimizer], plan: Plan) -> dict[str, Optimizer]:
-    """An optimizer for each label in use.
+    """An optimizer for each label in use that is not frozen.
 
     Raises:
         ValueError: labels and optimizers that do not match; both sets are named.
     """
     if isinstance(optimizers, Optimizer):
-        return dict.fromkeys(plan.labels, optimizers)
-    if set(optimizers) != set(plan.labels):
+        return dict.fromkeys(plan.trained, optimizers)
+    if set(optimizers) != set(plan.trained):
+        frozen = f" (frozen: {sorted(plan.frozen)})" if plan.frozen else ""
         raise ValueError(
-            f"optimizers are given for {sorted(optimizers)}, but the labels are "
-            f"{sorted(plan.labels)}: give one for each label, or a single one for all"
+            f"optimizers are given for {sorted(optimizers)}, but the labels to train are "
+            f"{sorted(plan.trained)}{frozen}: give one for each of them, or a single one for all"
         )
-    return {label: optimizers[label] for label in plan.labels}
+    return {label: optimizers[label] for label in plan.trained}
 
 
 def sgd(

@@ -59,7 +59,8 @@ class Chosen:
 class Training:
     """Everything that decides the numbers of a few train steps.
 
-    ``sizes[step][micro][rank]`` is how many sequences of how many positions a rank has.
+    ``sizes[step][micro][rank]`` is how many sequences of how many positions a rank has. A label
+    without an optimizer is frozen.
     """
 
     mesh: Mesh
@@ -73,6 +74,11 @@ class Training:
     backward: Literal["keep", "regather", "recompute"] = "regather"
     donate: bool = False
     seed: int = 0
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """The labels that are not trained."""
+        return tuple(label for label in self.rules if label not in self.optimizers)
 
     def params(self) -> lm.Params:
         """The global params before the first step."""
@@ -136,7 +142,7 @@ def program(comm: Comm, case: Training) -> Trained:
 def prepare(comm: Comm, case: Training) -> tuple[Plan, State, Any]:
     """Plan, first state and step of a training."""
     params = case.params()
-    plan = make_plan(params, lm.labels, case.rules, comm.mesh)
+    plan = make_plan(params, lm.labels, case.rules, comm.mesh, frozen=case.frozen)
     optimizers = {label: chosen.make() for label, chosen in case.optimizers.items()}
     loss = lm.loss(case.cfg, plan, comm, case.backward)
     step = make_train_step(loss, plan, optimizers, comm, clip=case.clip, donate=case.donate)
@@ -171,7 +177,7 @@ def trainings(draw: st.DrawFn, max_ranks: int = 8, max_steps: int = 3) -> Traini
         rules={"dense": draw(dense_rules()), "expert": draw(expert_rules())},
         cfg=draw(models(mesh["ep"])),
         sizes=tuple(tuple(draw(sizes(mesh)) for _ in range(micros)) for _ in range(steps)),
-        optimizers={"dense": draw(chosen()), "expert": draw(chosen())},
+        optimizers={label: draw(chosen()) for label in draw(trained_labels())},
         clip=draw(st.sampled_from([None, 0.05, 100.0])),
         masked=draw(st.booleans()),
         padded=draw(st.booleans()),
@@ -179,6 +185,11 @@ def trainings(draw: st.DrawFn, max_ranks: int = 8, max_steps: int = 3) -> Traini
         donate=draw(st.booleans()),
         seed=draw(seeds()),
     )
+
+
+def trained_labels() -> st.SearchStrategy[tuple[str, ...]]:
+    """Mostly all labels; the others are frozen."""
+    return st.sampled_from([("dense", "expert"), ("dense", "expert"), ("dense",), ("expert",)])
 
 
 def dense_rules() -> st.SearchStrategy[Rule]:

@@ -77,6 +77,8 @@ def make_train_step(
     plan.check_mesh(comm)
     if clip is not None and not clip > 0:
         raise ValueError(f"clip={clip}: the largest norm is positive; None does not clip")
+    if not plan.trained:
+        raise ValueError(f"all labels are frozen, {sorted(plan.frozen)}: there is nothing to train")
     update = _Update(plan, optimizers, comm, clip, donate)
 
     def step(state: State, *batches: Any) -> tuple[State, Metrics]:
@@ -85,7 +87,7 @@ def make_train_step(
             raise ValueError("donate=True under a transform: a transform needs its inputs later")
         check_agreement(structure_of(batches), "batch", comm)
         shards = plan.check_shards(state.params, comm)
-        grads, total, count, aux = accumulate(loss, plan, shards, batches)
+        grads, total, count, aux = accumulate(loss, plan, shards, batches)  # of trained leaves
         names, sums = list(aux), [total, count, *aux.values()]
         total, count, *sums = sum_over_ranks(sums, comm)
         per_token = 1 / count.clamp(min=1).double()
@@ -111,10 +113,12 @@ class _Update:
         self.plan, self.comm, self.clip, self.donate = plan, comm, clip, donate
         self.optimizers = by_label(optimizers, plan)
         self.single = isinstance(optimizers, Optimizer)
-        self.counts_once = plan.counts_once(comm)
+        self.trained = [i for i, w in enumerate(plan.layouts) if not w.frozen]
+        once = plan.counts_once(comm)
+        self.counts_once = [once[i] for i in self.trained]
         labels = [leaf.label for leaf in plan.leaves]
         self.positions = {
-            label: [i for i, other in enumerate(labels) if other == label] for label in plan.labels
+            label: [i for i in self.trained if labels[i] == label] for label in plan.trained
         }
 
     def __call__(
@@ -124,7 +128,7 @@ class _Update:
         factor = per_token
         if self.clip is not None:
             factor = factor * (self.clip / (norm + EPS)).clamp(max=1.0)
-        grads = _scale(grads, factor, self.donate)
+        scaled = dict(zip(self.trained, _scale(grads, factor, self.donate), strict=True))
         new: Leaves = list(shards)
         opt: dict[str, dict[str, dict[str, Tensor]]] = {}
         for label, positions in self.positions.items():
@@ -135,7 +139,7 @@ class _Update:
             params, moments = self.optimizers[label].update(
                 state.step,
                 [shards[i] for i in positions],
-                [grads[i] for i in positions],
+                [scaled[i] for i in positions],
                 before,
                 self.donate,
             )

@@ -9,8 +9,9 @@ of whole tensors into one of shards. :func:`simulate` runs all ranks in this pro
 from .comm import Comm, Divergence
 from .distributed import distributed
 from .gather import Precision
+from .leaf import Leaf
 from .mesh import Mesh
-from .plan import Leaf, Plan, make_plan
+from .plan import Plan, make_plan
 from .rule import Rule, expert_parallel, interval, partition, replicated, unpartition, zero3
 from .sharded import sharded
 from .simulate import simulate

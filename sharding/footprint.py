@@ -14,7 +14,8 @@ def footprint(by_label: Mapping[str, Sequence[Layout]]) -> str:
     """A row for each label.
 
     *stored* is the parameters alone, without moments. *sent* counts a forward and a backward pass:
-    two gathers (``regather``) and one reduction, each to the other ranks of the fiber.
+    two gathers (``regather``) and one reduction (none if frozen), each to the other ranks of the
+    fiber.
 
     >>> import torch
     >>> from .rule import zero3
@@ -47,6 +48,8 @@ def _sent(w: Layout) -> int:
     ranks, copies = w.mesh.count(w.rule.store), w.mesh.count(w.rule.copies(w.mesh))
     gathers = 2 * (ranks - 1) * w.shard_size * w.compute_dtype.itemsize
     scatter = (ranks - 1) * w.shard_size * w.reduce_dtype.itemsize
+    if w.frozen:
+        return gathers
     return gathers + scatter + 2 * (copies - 1) * w.shard_size * w.reduce_dtype.itemsize // copies
 
 

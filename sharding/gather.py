@@ -44,6 +44,7 @@ class Layout:
     shape: Shape
     dtype: torch.dtype
     precision: Precision = Precision()
+    frozen: bool = False  # gathered, but never differentiated: there is nothing to reduce
 
     @cached_property
     def view_shape(self) -> Shape:
@@ -88,7 +89,8 @@ class Layout:
     @cached_property
     def is_local(self) -> bool:
         """Whether neither the view nor its gradient travels: the view is the shard, reshaped."""
-        return not self.is_fetched and not self.copies and self.reduce_dtype == self.dtype
+        reduced = self.copies or self.reduce_dtype != self.dtype
+        return not self.is_fetched and (self.frozen or not reduced)
 
 
 class _Several(NamedTuple):

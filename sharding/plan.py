@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,26 +14,10 @@ from torch import Tensor
 from .comm import Comm, Op
 from .footprint import footprint
 from .gather import Layout, Precision, gather
+from .leaf import Leaf, make_leaf, refuse_repeated
 from .mesh import Mesh
-from .rule import Rule, Shape, is_first_copy, partition
+from .rule import Rule, is_first_copy, partition
 from .tree import describe_difference, flatten, path_strings, show, structure, unflatten
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """What a plan knows of one tensor of the params.
-
-    >>> print(Leaf("blocks/0/w1", (8, 64), torch.float32, "expert"))
-    params['blocks'][0]['w1'] (8, 64)
-    """
-
-    path: str
-    shape: Shape
-    dtype: torch.dtype
-    label: str
-
-    def __str__(self) -> str:
-        return f"{show(self.path)} {self.shape}"
 
 
 @dataclass(frozen=True)
@@ -55,6 +39,7 @@ class Plan:
     rules: Mapping[str, Rule]
     mesh: Mesh
     precision: Mapping[str, Precision] = field(default_factory=dict)
+    frozen: frozenset[str] = frozenset()
 
     @cached_property
     def leaves(self) -> list[Leaf]:
@@ -77,6 +62,7 @@ class Plan:
                 leaf.shape,
                 leaf.dtype,
                 self.precision.get(leaf.label, whole),
+                leaf.label in self.frozen,
             )
             for leaf in self.leaves
         )
@@ -87,12 +73,17 @@ class Plan:
         used = {leaf.label for leaf in self.leaves}
         return tuple(label for label in self.rules if label in used)
 
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The labels in use that are not frozen: those that have an optimizer."""
+        return tuple(label for label in self.labels if label not in self.frozen)
+
     def at(self, tree: Any) -> Plan:
         """The plan of a tree whose leaves are leaves of this one, in any arrangement.
 
         A leaf may appear more than once: a tied embedding is one leaf used twice.
         """
-        return Plan(tree, self.rules, self.mesh, self.precision)
+        return Plan(tree, self.rules, self.mesh, self.precision, self.frozen)
 
     def __getitem__(self, key: Any) -> Plan:
         return self.at(self.tree[key])
@@ -178,6 +169,7 @@ def make_plan(
     rules: Mapping[str, Rule],
     mesh: Mesh,
     precision: Precision | Mapping[str, Precision] | None = None,
+    frozen: Collection[str] = (),
 ) -> Plan:
     """A label for every leaf, a rule for every label: the plan that gather and reduce follow.
 
@@ -187,11 +179,13 @@ def make_plan(
         rules: one rule for each label.
         mesh: the ranks.
         precision: what gathering casts to and reducing sums in, for all labels or by label.
+        frozen: labels that are not trained: their leaves are stored and gathered like others, but
+            have no gradient, no reduction and no optimizer.
 
     Raises:
-        ValueError: with path, found, expected and fix, for: a label without a rule or a rule
-            without a leaf; an axis not on the mesh; dim 0 not divisible by the compute axes; a leaf
-            that is no floating-point tensor (``None`` included).
+        ValueError: with path, found, expected and fix, for: a label without a rule, or a rule, a
+            precision or ``frozen`` without a leaf; an axis not on the mesh; dim 0 not divisible by
+            the compute axes; a leaf that is no floating-point tensor (``None`` included).
 
     >>> from sharding import zero3
     >>> params = {"w": torch.zeros(4, 2), "b": torch.zeros(2)}
@@ -201,7 +195,7 @@ def make_plan(
     """
     leaves, spec = flatten(params)
     paths = path_strings(params)
-    _refuse_repeated(paths)
+    refuse_repeated(paths)
     labels_tree = label_of(params) if callable(label_of) else label_of
     labels, label_spec = flatten(labels_tree)
     if label_spec != spec:
@@ -211,7 +205,7 @@ def make_plan(
             mesh.check(rule.axes)
         except ValueError as error:
             raise ValueError(f"rules[{label!r}] = {rule}: {error}") from None
-    made = [_leaf(*each, rules, mesh) for each in zip(paths, leaves, labels, strict=True)]
+    made = [make_leaf(*each, rules, mesh) for each in zip(paths, leaves, labels, strict=True)]
     idle = [label for label in rules if label not in set(labels)]
     if idle:
         raise ValueError(
@@ -222,38 +216,15 @@ def make_plan(
     unknown = [label for label in by_label or {} if label not in rules]
     if unknown:
         raise ValueError(f"precision[{unknown[0]!r}]: no such label; rules are for {list(rules)}")
-    return Plan(unflatten(spec, made), dict(rules), mesh, dict(by_label or {}))
+    return Plan(
+        unflatten(spec, made), dict(rules), mesh, dict(by_label or {}), _frozen(frozen, rules)
+    )
 
 
-def _refuse_repeated(paths: list[str]) -> None:
-    """Optimizer state and checkpoints know a leaf by its path."""
-    seen: set[str] = set()
-    for path in paths:
-        if path in seen:
-            raise ValueError(f"two leaves have the path {path!r}: rename a key; '/' joins keys")
-        seen.add(path)
-
-
-def _leaf(path: str, x: Any, label: Any, rules: Mapping[str, Rule], mesh: Mesh) -> Leaf:
-    where = show(path)
-    if not isinstance(x, Tensor):
-        raise ValueError(
-            f"{where} is {x!r}: a parameter is a floating-point tensor. Leave out what is no "
-            "parameter, and pass constants to the loss as arguments"
-        )
-    leaf = Leaf(path, tuple(x.shape), x.dtype, label)
-    if not x.is_floating_point():
-        raise ValueError(f"{leaf} is {x.dtype}: a parameter has a floating-point dtype")
-    if label not in rules:
-        raise ValueError(
-            f"{leaf} has the label {label!r}, which has no rule: rules are for {list(rules)}"
-        )
-    ranks = mesh.count(rules[label].compute)
-    if ranks > 1 and (not leaf.shape or leaf.shape[0] % ranks):
-        raise ValueError(
-            f"{leaf}, label {label!r}: dim 0 must divide by the {ranks} ranks of the compute axes "
-            f"{rules[label].compute} of {mesh}. Choose a mesh whose "
-            f"{'*'.join(rules[label].compute)} divides {leaf.shape[0] if leaf.shape else 'it'}, "
-            "or label the leaf otherwise"
-        )
-    return leaf
+def _frozen(frozen: Collection[str], rules: Mapping[str, Rule]) -> frozenset[str]:
+    if isinstance(frozen, str):
+        raise ValueError(f"frozen={frozen!r}: labels are needed, not a string: write ({frozen!r},)")
+    unknown = [label for label in frozen if label not in rules]
+    if unknown:
+        raise ValueError(f"frozen names {unknown[0]!r}: no such label; rules are for {list(rules)}")
+    return frozenset(frozen)

@@ -21,10 +21,10 @@ Backward = Literal["keep", "regather", "recompute"]
 
 
 class _Pending(NamedTuple):
-    """A unit's shards, and their gather under way (none, if nothing travels)."""
+    """A unit's shards, and their gathers under way (none, if nothing travels)."""
 
     leaves: list[Tensor]
-    ticket: Tensor | None
+    tickets: list[Tensor]
 
 
 class Unit:
@@ -42,32 +42,48 @@ class Unit:
         plan.check_mesh(comm)
         self.plan, self.comm, self.backward = plan, comm, backward
         self.travelling = [i for i, w in enumerate(plan.layouts) if not w.is_local]
-        self.gather = Gather(tuple(plan.layouts[i] for i in self.travelling))
+        self.gather = self._gather_of(self.travelling)
+        trained = [i for i in self.travelling if not plan.layouts[i].frozen]
+        frozen = [i for i in self.travelling if plan.layouts[i].frozen]
+        # Apart from each other: what is differentiated, and what is a constant.
+        self.parts = [(part, self._gather_of(part)) for part in (trained, frozen) if part]
+
+    def _gather_of(self, positions: list[int]) -> Gather:
+        return Gather(tuple(self.plan.layouts[i] for i in positions))
 
     def fetch(self, shards: Any) -> _Pending:
         """Check the shards and start gathering them."""
-        leaves = self.plan.check_shards(shards, self.comm)
-        if not self.travelling:
-            return _Pending(leaves, None)
-        ticket = start(self.gather, [leaves[i] for i in self.travelling], self.comm)
-        return _Pending(leaves, ticket)
+        leaves = [
+            x.detach() if w.frozen else x
+            for x, w in zip(
+                self.plan.check_shards(shards, self.comm), self.plan.layouts, strict=True
+            )
+        ]
+        return _Pending(
+            leaves,
+            [start(gather, [leaves[i] for i in part], self.comm) for part, gather in self.parts],
+        )
 
     def views(
         self, pending: _Pending, keep: bool, previous: Fetched | None
     ) -> tuple[list[Tensor], Fetched | None]:
         """Await the views; unless they are kept, with the note by which they are fetched again."""
-        leaves, ticket = pending
+        leaves, tickets = pending
         pairs = zip(leaves, self.plan.layouts, strict=True)
         views = [x.view(w.view_shape) if w.is_local else x for x, w in pairs]
-        if ticket is None:
-            return views, None
-        gathered, fetched = wait(self.gather, ticket, self.comm), None
+        for (part, gather), ticket in zip(self.parts, tickets, strict=True):
+            for i, view in zip(part, wait(gather, ticket, self.comm), strict=True):
+                views[i] = view
         sources = [leaves[i] for i in self.travelling]
-        if not keep and torch.is_grad_enabled() and can_release(sources):
-            fetched = Fetched(self.gather, sources, self.comm, gathered, previous)
+        if keep or not sources or not torch.is_grad_enabled() or not can_release(sources):
+            return views, None
+        gathered = [views[i] for i in self.travelling]
+        fetched = Fetched(self.gather, sources, self.comm, gathered, previous)
+        # Constants do not say when the backward pass is done with them: theirs is the last note.
+        if not any(w.frozen for w in self.gather.layouts):
             gathered = release_after_backward(fetched, gathered)
-        for i, view in zip(self.travelling, gathered, strict=True):
-            views[i] = view
+            for i, view in zip(self.travelling, gathered, strict=True):
+                views[i] = view
         return views, fetched
 
     def compute(self, f: Callable[..., Any], views: list[Tensor], args: tuple[Any, ...]) -> Any:

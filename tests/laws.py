@@ -5,10 +5,11 @@ from __future__ import annotations
 import reference
 import torch
 from closeness import assert_close, assert_leaves_close
+from torch import Tensor
 
 from functional_ep import lm
 from functional_ep.testing import Chosen, Training, train
-from sharding import Mesh, expert_parallel, zero3
+from sharding import Comm, Mesh, Plan, expert_parallel, zero3
 
 
 def is_that_of_plain_torch(case: Training) -> None:
@@ -25,6 +26,13 @@ def is_that_of_plain_torch(case: Training) -> None:
                 rate = torch.tensor(reference.rate(chosen, step), dtype=torch.float64)
                 assert_close(metrics[f"lr/{label}"], rate, f"rate {where}")
             assert_leaves_close(reference.named(params), plain.params, f"params {where}")
+
+
+def whole_gradient(plan: Plan, grads: list[Tensor], comm: Comm) -> dict[str, Tensor]:
+    """The global gradient by path, from this rank's shards of the gradients of trained leaves."""
+    trained = [leaf for leaf in plan.leaves if leaf.label in plan.trained]
+    whole = plan.at(trained).full(grads, comm)
+    return dict(zip([leaf.path for leaf in trained], whole, strict=True))
 
 
 def uneven(

@@ -19,13 +19,17 @@ from functional_ep.testing import Batch, Chosen, Training
 class Step(NamedTuple):
     loss: Tensor
     norm: Tensor
-    grads: dict[str, Tensor]  # of the mean, before clipping
+    grads: dict[str, Tensor]  # of the mean, before clipping, of what is not frozen
     params: dict[str, Tensor]
 
 
 def train(case: Training) -> list[Step]:
     """Loss, norm, gradient and parameters of every step."""
-    params = {path: x.clone().requires_grad_() for path, x in named(case.params()).items()}
+    params = {
+        path: x.clone().requires_grad_(label_of(path) in case.optimizers)
+        for path, x in named(case.params()).items()
+    }
+    trained = {path: x for path, x in params.items() if x.requires_grad}
     optimizers = {
         label: optimizer(chosen, [x for path, x in params.items() if label_of(path) == label])
         for label, chosen in case.optimizers.items()
@@ -39,17 +43,17 @@ def train(case: Training) -> list[Step]:
         labels = sum(int((b["labels"] != -100).sum()) for batch in micros for b in batch)
         total = torch.stack([objective(case, params, batch) for batch in micros]).sum()
         total = total / max(labels, 1)
-        grads = torch.autograd.grad(total, list(params.values()), materialize_grads=True)
-        for x, g in zip(params.values(), grads, strict=True):
+        grads = torch.autograd.grad(total, list(trained.values()), materialize_grads=True)
+        for x, g in zip(trained.values(), grads, strict=True):
             x.grad = g.clone()
         limit = math.inf if case.clip is None else case.clip
-        norm = torch.nn.utils.clip_grad_norm_(list(params.values()), limit)
+        norm = torch.nn.utils.clip_grad_norm_(list(trained.values()), limit)
         for label, each in optimizers.items():
             for group in each.param_groups:
                 group["lr"] = rate(case.optimizers[label], number)
             each.step()
         now = {path: x.detach().clone() for path, x in params.items()}
-        steps.append(Step(total.detach(), norm, dict(zip(params, grads, strict=True)), now))
+        steps.append(Step(total.detach(), norm, dict(zip(trained, grads, strict=True)), now))
     return steps
 
 

@@ -6,6 +6,7 @@ import reference
 import torch
 from closeness import assert_close, assert_leaves_close, assert_rejects
 from hypothesis import given
+from laws import whole_gradient
 from torch import Tensor
 
 from functional_ep import lm
@@ -15,15 +16,14 @@ from sharding import Comm, simulate
 
 
 def gradient(comm: Comm, case: Training) -> tuple[dict[str, Tensor], Tensor]:
-    """Global gradient of the mean and global mean, by the library, in the first step."""
+    """Global gradient of the mean, of what is trained, and global mean, in the first step."""
     plan, state, _ = prepare(comm, case)
     loss = lm.loss(case.cfg, plan, comm, case.backward)
     shards = plan.check_shards(state.params, comm)
     grads, total, count, _ = accumulate(loss, plan, shards, case.batches(comm.rank)[0])
     total, count = sum_over_ranks([total, count], comm)
     divisor = count.clamp(min=1)
-    whole = plan.full(plan.unflatten([g / divisor for g in grads]), comm)
-    return reference.named(whole), total / divisor
+    return whole_gradient(plan, [g / divisor for g in grads], comm), total / divisor
 
 
 @given(trainings(max_steps=1))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import reference
 from closeness import assert_close, assert_leaves_close
 from hypothesis import given
 from hypothesis import strategies as st
+from laws import whole_gradient
 from torch import Tensor
 
 from functional_ep import lm
@@ -49,7 +49,7 @@ def gradient(comm: Comm, case: Training, cuts: list[int] | None) -> tuple[dict[s
     grads, total, count, aux = accumulate(loss, plan, shards, micros)
     sums = sum_over_ranks([total, count, *aux.values()], comm)
     named = dict(zip(["total", "count", *aux], sums, strict=True))
-    return reference.named(plan.full(plan.unflatten(grads), comm)), named
+    return whole_gradient(plan, grads, comm), named
 
 
 @given(splits())

@@ -215,7 +215,7 @@ def test_functions_and_subtrees_that_differ_in_number_are_refused() -> None:
     plan = make_plan([torch.zeros(2)] * 3, ["dense"] * 3, {"dense": zero3("edp", "ep")}, MESH)
     with pytest.raises(ValueError, match="2 functions for a plan of 3 subtrees"):
         simulate(lambda comm: sharded([abs, abs], plan, comm), MESH)
-    with pytest.raises(ValueError, match="3 functions, but shards for 1"):
+    with pytest.raises(ValueError, match="3 units, but shards for 1"):
         simulate(lambda comm: sharded([abs] * 3, plan, comm)([torch.zeros(1)]), MESH)
     with pytest.raises(ValueError, match=r"backward='forget': choose one of \('keep', 'regather'"):
         simulate(lambda comm: sharded(abs, plan, comm, "forget"), MESH)  # pyright: ignore
