@@ -46,7 +46,10 @@ class _Note(NamedTuple):
 
 
 class Fetched:
-    """The gathered views of one block, while a backward pass needs them."""
+    """The gathered views of one block, while a backward pass needs them.
+
+    ``at_once`` says that the backward pass needs them first of all, so they stay until then.
+    """
 
     def __init__(
         self,
@@ -55,6 +58,7 @@ class Fetched:
         comm: Comm,
         views: Sequence[Tensor],
         previous: Fetched | None,
+        at_once: bool,
     ) -> None:
         self.gather, self.comm, self.previous = gather, comm, previous
         self.shards = [plain(x).detach() for x in shards]
@@ -67,7 +71,9 @@ class Fetched:
         self.witness = torch.empty(0)  # wrapped by the transform that is active, if there is one
         self.noted = False
         self.under_way: Work | None = None
-        self.views: list[Tensor] | None = None
+        # What the backward pass begins with is not worth giving up in between.
+        self.views = [plain(x).detach() for x in views] if at_once else None
+        self.read = False
 
     def prefetch(self) -> None:
         """Start gathering, unless that was done or the backward pass has no use for these views."""
@@ -83,18 +89,20 @@ class Fetched:
             self.under_way = self.gather.start(self.shards, self.comm)
 
     def get(self) -> list[Tensor]:
-        """The views; the first call of a backward pass gathers and prefetches the block before."""
+        """The views, gathered unless they are there; the first call prefetches the block before."""
         if self.views is None:
             self.prefetch()
             assert self.under_way is not None
             self.views, self.under_way = self.under_way.wait(), None
+        if not self.read:
+            self.read = True
             if self.previous is not None:
                 self.previous.prefetch()
         return self.views
 
     def drop(self) -> None:
         """Let the views go: the backward pass of the block is done."""
-        self.views = None
+        self.views, self.read = None, False
 
     @contextmanager
     def saving(self) -> Iterator[None]:

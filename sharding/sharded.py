@@ -30,7 +30,8 @@ def sharded(
             has no data: whether a view is gathered again depends on whether f used it.
         backward: what happens to a gathered view between forward and backward. It never changes a
             bit of the result. ``"keep"``: it stays; fastest, most memory. ``"regather"``: freed
-            and gathered again; activations stay. ``"recompute"``: activations go too; f runs again,
+            and gathered again (the last of a sequence stays: the backward pass begins with it);
+            activations stay. ``"recompute"``: activations go too; f runs again,
             with the same random numbers. Under transforms inside of transforms views stay.
 
     Raises:

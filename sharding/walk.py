@@ -65,7 +65,7 @@ class Unit:
         )
 
     def views(
-        self, pending: _Pending, keep: bool, previous: Fetched | None
+        self, pending: _Pending, keep: bool, previous: Fetched | None, last: bool = False
     ) -> tuple[list[Tensor], Fetched | None]:
         """Await the views; unless they are kept, with the note by which they are fetched again."""
         leaves, tickets = pending
@@ -78,7 +78,7 @@ class Unit:
         if keep or not sources or not torch.is_grad_enabled() or not can_release(sources):
             return views, None
         gathered = [views[i] for i in self.travelling]
-        fetched = Fetched(self.gather, sources, self.comm, gathered, previous)
+        fetched = Fetched(self.gather, sources, self.comm, gathered, previous, last)
         # Constants do not say when the backward pass is done with them: theirs is the last note.
         if not any(w.frozen for w in self.gather.layouts):
             gathered = release_after_backward(fetched, gathered)
@@ -139,7 +139,8 @@ class Walk:
         """``f(view of unit i, *args)``."""
         unit = self.units[i]
         pending = self._take(i)
-        views, fetched = unit.views(pending, unit.backward == "keep", self.previous)
+        last = 0 < i == len(self.units) - 1
+        views, fetched = unit.views(pending, unit.backward == "keep", self.previous, last)
         del pending
         self.previous = fetched or self.previous
         self._fetch_ahead(i + 1)

@@ -33,14 +33,12 @@ begin 0, end 0, wait reduce 1, start reduce 0
 wait reduce 0
 """,
     "regather": """
-begin 2, start gather 2, wait gather 2
-start gather 1, end 2, start reduce 2
+begin 2, start gather 1, end 2, start reduce 2
 begin 1, wait gather 1, start gather 0, end 1, wait reduce 2, start reduce 1
 begin 0, wait gather 0, end 0, wait reduce 1, start reduce 0
 wait reduce 0
 """,
     "recompute": """
-start gather 2, wait gather 2
 start gather 1, block 2, begin 2, end 2, start reduce 2
 wait gather 1, start gather 0, block 1, begin 1, end 1, wait reduce 2, start reduce 1
 wait gather 0, block 0, begin 0, end 0, wait reduce 1, start reduce 0

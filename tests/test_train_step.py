@@ -98,7 +98,9 @@ def test_bad_arguments_are_refused() -> None:
 
     with pytest.raises(ValueError, match=r"clip=0\.0: the largest norm is positive"):
         simulate(with_clip, MESH)
-    with pytest.raises(ValueError, match=r"given for \['expert'\], but the labels to train are \['dense'\]"):
+    with pytest.raises(
+        ValueError, match=r"given for \['expert'\], but the labels to train are \['dense'\]"
+    ):
         init_state(PARAMS, a_plan(Mesh(edp=1)), {"expert": sgd(0.1)})
     with pytest.raises(ValueError, match="plan was made for Mesh"):
         simulate(lambda comm: make_train_step(squares, a_plan(), sgd(0.1), comm), Mesh(edp=1))
