@@ -80,9 +80,10 @@ class _GroupedMm(Node):
             offsets = _offsets(counts, x.device)
             return torch.nn.functional.grouped_mm(x.contiguous(), w.mT, offs=offsets)
         y = x.new_empty(x.shape[0], w.shape[1])
-        for x_e, w_e, y_e in zip(x.split(counts), w.unbind(), y.split(counts), strict=True):
-            if len(x_e):
-                torch.mm(x_e, w_e.t(), out=y_e)
+        xs, ys = x.split_with_sizes(counts), y.split_with_sizes(counts)
+        for rows, x_e, w_e, y_e in zip(counts, xs, w.mT.unbind(), ys, strict=True):
+            if rows:
+                torch.mm(x_e, w_e, out=y_e)
         return y
 
     @staticmethod
@@ -129,8 +130,9 @@ class _GroupedOuter(Node):
             offsets = _offsets(counts, x.device)
             return torch.nn.functional.grouped_mm(g.contiguous().t(), x.contiguous(), offs=offsets)
         o = x.new_empty(len(counts), g.shape[1], x.shape[1])
-        for g_e, x_e, o_e in zip(g.split(counts), x.split(counts), o.unbind(), strict=True):
-            if len(x_e):
+        gs, xs = g.split_with_sizes(counts), x.split_with_sizes(counts)
+        for rows, g_e, x_e, o_e in zip(counts, gs, xs, o.unbind(), strict=True):
+            if rows:
                 torch.mm(g_e.t(), x_e, out=o_e)
             else:
                 o_e.zero_()

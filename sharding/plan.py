@@ -145,14 +145,14 @@ class Plan:
         self.check_mesh(comm)
         leaves = self.flatten(shards, "shards")
         for x, leaf, layout in zip(leaves, self.leaves, self.layouts, strict=True):
-            where = show(leaf.path, "shards")
             if not isinstance(x, Tensor) or x.shape != (layout.shard_size,):
                 found = tuple(x.shape) if isinstance(x, Tensor) else repr(x)
                 raise ValueError(
-                    f"{where}: a shard ({layout.shard_size},) of {leaf.shape} "
+                    f"{show(leaf.path, 'shards')}: a shard ({layout.shard_size},) of {leaf.shape} "
                     f"expected, found {found}; shards come from plan.shard(params, comm)"
                 )
             if x.dtype != leaf.dtype:
+                where = show(leaf.path, "shards")
                 raise ValueError(f"{where}: {leaf.dtype} expected, found {x.dtype}")
         return leaves
 

@@ -42,35 +42,35 @@ class Unit:
         plan.check_mesh(comm)
         self.plan, self.comm, self.backward = plan, comm, backward
         self.travelling = [i for i, w in enumerate(plan.layouts) if not w.is_local]
+        self.local = [(i, w.view_shape) for i, w in enumerate(plan.layouts) if w.is_local]
+        self.frozen = [i for i, w in enumerate(plan.layouts) if w.frozen]
         self.gather = self._gather_of(self.travelling)
-        trained = [i for i in self.travelling if not plan.layouts[i].frozen]
-        frozen = [i for i in self.travelling if plan.layouts[i].frozen]
         # Apart from each other: what is differentiated, and what is a constant.
-        self.parts = [(part, self._gather_of(part)) for part in (trained, frozen) if part]
+        trained = [i for i in self.travelling if i not in self.frozen]
+        constant = [i for i in self.travelling if i in self.frozen]
+        self.parts = [(part, self._gather_of(part)) for part in (trained, constant) if part]
 
     def _gather_of(self, positions: list[int]) -> Gather:
         return Gather(tuple(self.plan.layouts[i] for i in positions))
 
     def fetch(self, shards: Any) -> _Pending:
         """Check the shards and start gathering them."""
-        leaves = [
-            x.detach() if w.frozen else x
-            for x, w in zip(
-                self.plan.check_shards(shards, self.comm), self.plan.layouts, strict=True
-            )
+        leaves = self.plan.check_shards(shards, self.comm)
+        for i in self.frozen:
+            leaves[i] = leaves[i].detach()
+        tickets = [
+            start(gather, [leaves[i] for i in part], self.comm) for part, gather in self.parts
         ]
-        return _Pending(
-            leaves,
-            [start(gather, [leaves[i] for i in part], self.comm) for part, gather in self.parts],
-        )
+        return _Pending(leaves, tickets)
 
     def views(
         self, pending: _Pending, keep: bool, previous: Fetched | None, last: bool = False
     ) -> tuple[list[Tensor], Fetched | None]:
         """Await the views; unless they are kept, with the note by which they are fetched again."""
         leaves, tickets = pending
-        pairs = zip(leaves, self.plan.layouts, strict=True)
-        views = [x.view(w.view_shape) if w.is_local else x for x, w in pairs]
+        views = list(leaves)
+        for i, shape in self.local:
+            views[i] = leaves[i].view(shape)
         for (part, gather), ticket in zip(self.parts, tickets, strict=True):
             for i, view in zip(part, wait(gather, ticket, self.comm), strict=True):
                 views[i] = view
@@ -80,7 +80,7 @@ class Unit:
         gathered = [views[i] for i in self.travelling]
         fetched = Fetched(self.gather, sources, self.comm, gathered, previous, last)
         # Constants do not say when the backward pass is done with them: theirs is the last note.
-        if not any(w.frozen for w in self.gather.layouts):
+        if not self.frozen:
             gathered = release_after_backward(fetched, gathered)
             for i, view in zip(self.travelling, gathered, strict=True):
                 views[i] = view

@@ -12,7 +12,7 @@ import torch
 from budget import one_in
 from hypothesis import example, given
 from hypothesis import strategies as st
-from kernels import check_closed, mapped
+from kernel_cases import check_closed, mapped
 from moe_cases import assert_each_close, normal
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -9,7 +9,7 @@ import torch
 from budget import one_in
 from hypothesis import example, given
 from hypothesis import strategies as st
-from kernels import check_closed
+from kernel_cases import check_closed
 from moe_cases import normal
 from torch import Tensor
 
