@@ -7,7 +7,8 @@ is a function ``(state, batch) -> (state, metrics)``.
 from sharding import Precision
 
 from . import lm
-from .labels import label_by_path
+from .huggingface import from_huggingface, to_huggingface
+from .labels import freeze, label_by_path, train_only
 from .optim import Optimizer, adamw, sgd
 from .schedules import constant, cosine, linear, wsd
 from .state import State, init_state
@@ -20,11 +21,15 @@ __all__ = [
     "adamw",
     "constant",
     "cosine",
+    "freeze",
+    "from_huggingface",
     "init_state",
     "label_by_path",
     "linear",
     "lm",
     "make_train_step",
     "sgd",
+    "to_huggingface",
+    "train_only",
     "wsd",
 ]

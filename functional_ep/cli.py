@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
@@ -18,9 +20,13 @@ from sharding.distributed import VARIABLES
 from . import config, data, metrics
 from .config import Recipe
 from .corpus import Corpus, read, standard_library
+from .huggingface import from_huggingface
 from .malloc import keep_freed_memory
 from .plot import plot
 from .train import Report, train
+from .vocabulary import of_directory
+
+WEIGHTS = "weights"
 
 
 class Job(NamedTuple):
@@ -69,25 +75,32 @@ def prepare(options: argparse.Namespace, launched: int | None) -> Job:
     recipe = config.load(Recipe(), options.config) if options.config else Recipe()
     for assignment in options.set:
         recipe = config.assign(recipe, assignment)
+    if options.model:
+        recipe = replace(recipe, weights=str(options.model))
     ranks = launched or options.simulate or 1
-    mesh = mesh_of(options.mesh, ranks, recipe.model.experts)
+    mesh = mesh_of(options.mesh, ranks, experts_of(recipe))
     corpus = read(options.data) if options.data else standard_library()
     data.check(corpus, recipe.seq)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     out = options.out or _default_out(recipe, corpus, mesh)
+    if recipe.weights:
+        of_directory(Path(recipe.weights))
+        if (out / WEIGHTS).exists():
+            raise ValueError(f"{out / WEIGHTS} exists already: move it away, or give another --out")
     return Job(recipe, corpus, mesh, torch.device(device), out)
 
 
 def run(comm: Comm, job: Job) -> Report:
     """The program of one rank: train, and on rank 0 keep a journal, draw the plot and say it."""
     recipe, corpus, _, device, out = job
+    weights = out / WEIGHTS if recipe.weights else None
     if comm.rank > 0:
-        return train(comm, recipe, corpus, device=device, log=lambda _: None)
+        return train(comm, recipe, corpus, device=device, log=lambda _: None, weights=weights)
     out.mkdir(parents=True, exist_ok=True)
     (out / "recipe.toml").write_text(config.dumps(recipe), encoding="utf-8")
     print(corpus.origin)
     with metrics.journal(out / "metrics.jsonl", recipe.steps) as log:
-        report = train(comm, recipe, corpus, device=device, log=log)
+        report = train(comm, recipe, corpus, device=device, log=log, weights=weights)
     plot(metrics.read(out / "metrics.jsonl"), out / "training.png", title=headline(report, job))
     print(summary(report, job))
     return report
@@ -95,10 +108,9 @@ def run(comm: Comm, job: Job) -> Report:
 
 def headline(report: Report, job: Job) -> str:
     """One line on model and mesh."""
-    model = job.recipe.model
     return (
-        f"{report.parameters / 1e6:.1f} M parameters: {model.layers} layers, {model.experts} "
-        f"experts, top-{model.top_k}; {job.mesh}, {report.tokens / report.seconds:,.0f} tokens/s"
+        f"{report.parameters / 1e6:.1f} M parameters: {report.description}; {job.mesh}, "
+        f"{report.tokens / report.seconds:,.0f} tokens/s"
     )
 
 
@@ -106,6 +118,7 @@ def summary(report: Report, job: Job) -> str:
     """The last words of a run."""
     unigram, xz = report.baselines
     predicted = min(job.recipe.eval_bytes, len(job.corpus.valid)) - 1
+    written = f"\n{job.out / WEIGHTS}" if job.recipe.weights else ""
     return f"""
 {headline(report, job)}
 {report.tokens:,} tokens in {report.seconds / 60:.1f} minutes of training
@@ -118,7 +131,14 @@ validation, {predicted:,} bytes      bits per byte
 {textwrap.indent(report.sample, "  | ", lambda _: True)}
 
 {job.out / "metrics.jsonl"}
-{job.out / "training.png"}"""
+{job.out / "training.png"}{written}"""
+
+
+def experts_of(recipe: Recipe) -> int:
+    """A number that the ranks along ep have to divide."""
+    if not recipe.weights:
+        return recipe.model.experts
+    return math.gcd(*from_huggingface(recipe.weights).experts.values())
 
 
 def default_mesh(ranks: int, experts: int) -> Mesh:
@@ -182,6 +202,8 @@ def parser() -> argparse.ArgumentParser:
     add = training.add_argument
     add("--data", nargs="+", metavar="PATH", help="files and directories to learn from, instead of "
         "Python's standard library")  # fmt: skip
+    add("--model", type=Path, metavar="DIR", help="weights of any transformers MoE model, to train "
+        "instead of a new one; what they become is written to OUT/weights")  # fmt: skip
     add("--mesh", metavar="edp=1,ep=2", help="its axes; by default as much ep as the experts allow")
     add("--simulate", type=int, metavar="N", help="N ranks in this one process")
     add("--config", metavar="FILE.toml", help="a recipe")

@@ -23,7 +23,8 @@ class Recipe:
     ``batch`` counts sequences over all ranks, ``seq`` the bytes in each. Every ``eval_every``
     steps, and at the end, the first ``eval_bytes`` bytes of the validation text are predicted.
     ``warmup`` is a share of the steps; ``clip = inf`` never clips; ``sample`` is the number of
-    bytes to generate at the end.
+    bytes to generate at the end. ``weights`` is a directory in hub layout, whose model is trained
+    instead of ``model``; texts are the tokens of its tokenizer then, for ``seq`` and ``sample``.
     """
 
     model: lm.Config = field(default_factory=lm.Config)
@@ -39,6 +40,7 @@ class Recipe:
     eval_bytes: int = 65536
     sample: int = 256
     precision: Literal["fp32", "bf16"] = "fp32"
+    weights: str = ""
 
     def __post_init__(self) -> None:
         least = dict(steps=1, batch=1, seq=1, seed=0, eval_every=1, eval_bytes=2, sample=0)

@@ -1,12 +1,13 @@
-"""Labels: which rule and which optimizer a leaf follows, by its path."""
+"""Labels: which rule and which optimizer a leaf follows, by its path; and which are not trained."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
+from sharding import Rule
 from sharding.tree import flatten, path_strings, unflatten
 
 
@@ -42,10 +43,74 @@ def label_by_path(patterns: Mapping[str, str], default: str | None = None) -> Ca
                     f"The patterns are {list(patterns)}"
                 )
             found.append(patterns[matching[0]] if matching else str(default))
-        for pattern in patterns:
-            if pattern not in used:
-                near = get_close_matches(pattern, paths, n=3, cutoff=0.3) or paths[:3]
-                raise ValueError(f"the pattern {pattern!r} matches no leaf; paths look like {near}")
+        _refuse_unused([pattern for pattern in patterns if pattern not in used], paths)
         return unflatten(spec, found)
 
     return labels
+
+
+class Selection(NamedTuple):
+    """Labels and rules of which some are frozen, as :func:`sharding.make_plan` takes them."""
+
+    labels: Any
+    rules: dict[str, Rule]
+    frozen: tuple[str, ...]
+
+
+def train_only(labels: Any, rules: Mapping[str, Rule], *patterns: str) -> Selection:
+    """``"LABEL, frozen"`` instead of ``LABEL`` for every leaf that no pattern matches.
+
+    What is frozen follows the rule that it had. See :func:`label_by_path` for patterns.
+
+    Args:
+        labels: a pytree of labels in the shape of the params.
+        rules: one for each of them.
+        patterns: of the paths of what is trained.
+
+    Raises:
+        ValueError: a pattern that matches no leaf.
+
+    >>> from sharding import replicated
+    >>> rules = {"dense": replicated()}
+    >>> labels, rules, frozen = train_only({"a": "dense", "b": "dense"}, rules, "a")
+    >>> labels, frozen
+    ({'a': 'dense', 'b': 'dense, frozen'}, ('dense, frozen',))
+    >>> list(rules)  # plan = make_plan(params, labels, rules, mesh, frozen=frozen)
+    ['dense', 'dense, frozen']
+    """
+    return _select(labels, rules, patterns, freeze=False)
+
+
+def freeze(labels: Any, rules: Mapping[str, Rule], *patterns: str) -> Selection:
+    """``"LABEL, frozen"`` instead of ``LABEL`` for every leaf that a pattern matches.
+
+    Everything else is trained: the complement of :func:`train_only`.
+
+    >>> from sharding import replicated
+    >>> freeze({"a": "dense", "b": "dense"}, {"dense": replicated()}, "a").labels
+    {'a': 'dense, frozen', 'b': 'dense'}
+    """
+    return _select(labels, rules, patterns, freeze=True)
+
+
+def _select(
+    labels: Any, rules: Mapping[str, Rule], patterns: Sequence[str], freeze: bool
+) -> Selection:
+    leaves, spec = flatten(labels)
+    paths = path_strings(labels)
+    _refuse_unused([p for p in patterns if not any(fnmatchcase(x, p) for x in paths)], paths)
+    chosen = [any(fnmatchcase(path, pattern) for pattern in patterns) for path in paths]
+    named = [
+        f"{label}, frozen" if matches == freeze else label
+        for label, matches in zip(leaves, chosen, strict=True)
+    ]
+    both = {name: rule for label, rule in rules.items() for name in (label, f"{label}, frozen")}
+    used = {name: rule for name, rule in both.items() if name in set(named)}
+    frozen = tuple(name for name in used if name not in rules)
+    return Selection(unflatten(spec, named), used, frozen)
+
+
+def _refuse_unused(unused: Sequence[str], paths: Sequence[str]) -> None:
+    for pattern in unused:
+        near = get_close_matches(pattern, paths, n=3, cutoff=0.3) or list(paths[:3])
+        raise ValueError(f"the pattern {pattern!r} matches no leaf; paths look like {near}")

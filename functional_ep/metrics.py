@@ -39,14 +39,15 @@ def bits_per_byte(nll: Tensor | float, count: Tensor | float) -> float:
     return float(nll) / (float(count) * math.log(2)) if float(count) else math.nan
 
 
-def record(step: int, metrics: Mapping[str, Tensor]) -> Record:
+def record(step: int, metrics: Mapping[str, Tensor], bytes_per_token: float = 1.0) -> Record:
     """One step in plain numbers and lists, ready for JSON.
 
     Every metric of the step is kept under its name; bits per byte and imbalance are derived.
     """
+    predicted = metrics["count"] * bytes_per_token
     return {
         "step": step,
-        "bits_per_byte": bits_per_byte(metrics["nll"], metrics["count"]),
+        "bits_per_byte": bits_per_byte(metrics["nll"], predicted),
         "imbalance": imbalance(metrics["tokens_per_expert"]),
     } | {name: value.tolist() for name, value in metrics.items()}
 

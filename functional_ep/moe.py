@@ -91,16 +91,35 @@ def expert_ffn(gate_up: Tensor, down: Tensor, rows_RD: Tensor, counts_e: tuple[i
     return grouped_mm(swiglu(grouped_mm(rows_RD, gate_up, counts_e)), down, counts_e)
 
 
+def bring_back(rows_RD: Tensor, dispatched: Dispatched, axes: Axes, comm: Comm) -> Tensor:
+    """The rows back at the rank of their tokens, one for every choice: the inverse of dispatch.
+
+    >>> from sharding import Mesh, simulate
+    >>> x, ids = torch.tensor([[1.0], [2.0]]), torch.tensor([[1], [0]])
+    >>> def program(comm):
+    ...     way = dispatch(x, ids, 2, ("ep",), comm)
+    ...     return bring_back(way.rows_RD, way, ("ep",), comm).flatten()
+    >>> simulate(program, Mesh(ep=2))
+    [tensor([1., 2.]), tensor([1., 2.])]
+    """
+    return collect(_returned(rows_RD, dispatched, axes, comm), dispatched.by_expert)
+
+
 def combine(
     rows_RD: Tensor, scores_TK: Tensor, dispatched: Dispatched, axes: Axes, comm: Comm
 ) -> Tensor:
     """``y_t = sum_k score_tk row_tk``: the rows back at their tokens, weighed and summed."""
-    rows, way = rows_RD, dispatched
-    if way.on_arrival is not None:
-        rows = collect(rows, way.on_arrival)
-        rows = all_to_all(rows, axes, comm, way.received, way.sent)
+    rows, way = _returned(rows_RD, dispatched, axes, comm), dispatched
     weights = spread(scores_TK.reshape(-1, 1), way.by_expert)
     return collect(rows * weights.to(rows.dtype), way.by_expert, scores_TK.shape[-1])
+
+
+def _returned(rows: Tensor, way: Dispatched, axes: Axes, comm: Comm) -> Tensor:
+    """Rows at the rank of their tokens, sorted by global expert."""
+    if way.on_arrival is None:
+        return rows
+    rows = collect(rows, way.on_arrival)
+    return all_to_all(rows, axes, comm, way.received, way.sent)
 
 
 def moe(

@@ -15,6 +15,7 @@ from functional_ep import cli, config, data, metrics
 from functional_ep.config import Recipe
 from functional_ep.corpus import Corpus
 from functional_ep.train import Report, generate, train
+from functional_ep.vocabulary import bytewise
 from sharding import Comm, Mesh, simulate
 
 TINY = config.merge(
@@ -109,7 +110,7 @@ def test_what_would_steer_a_terminal_is_shown_as_a_mark() -> None:
             return scores
 
         recipe = replace(TINY, sample=len(written), seq=7)
-        return generate(logits, None, recipe, comm, torch.device("cpu"))
+        return generate(logits, bytewise(), None, recipe, comm, torch.device("cpu"))
 
     assert simulate(program, Mesh(edp=1, ep=2)) == ["def \ufffd[2J\ufffd\n", ""]
     assert asked[0] == [(1, length) for length in (4, 5, 6, 7, 7, 7)]

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-LAUNCHED = {"train.py"}  # takes minutes by design; test_cli.py runs its command on a small recipe
+# The first takes minutes by design: test_cli.py runs its command on a small recipe. The other needs
+# weights: test_pretrained.py gives it some.
+LAUNCHED = {"train.py", "finetune.py"}
 # As in pyproject.toml: torch.func.jvp scripts torch's own decompositions.
 WARNINGS = ["-W", "error", "-W", "ignore:`torch.jit.script` is:DeprecationWarning"]
 SECONDS = {"quickstart.py": 20}  # the first thing a reader tries; the others have a minute

@@ -59,7 +59,7 @@ sharding.strategies         <- mesh plan rule
 sharding.laws               <- comm gather rule simulate strategies
 sharding.testing            <- laws recording rule strategies
 
-functional_ep.labels        <- sharding.tree
+functional_ep.labels        <- sharding sharding.tree
 functional_ep.schedules     <-
 functional_ep.optim         <- schedules sharding
 functional_ep.state         <- optim sharding
@@ -75,7 +75,41 @@ functional_ep.moe           <- grouped permute routing swiglu
 functional_ep.attention     <-
 functional_ep.lm            <- attention differentiate labels moe routing
                                sharding sharding.mesh sharding.sharded
-functional_ep.__init__      <- labels lm optim schedules state train_step sharding
+functional_ep.huggingface.moves   <-
+functional_ep.huggingface.lazy    <- huggingface.moves
+functional_ep.huggingface.safetensors_file <- huggingface.moves
+functional_ep.huggingface.source  <- huggingface.lazy huggingface.moves huggingface.safetensors_file
+functional_ep.huggingface.names   <- huggingface.lazy
+functional_ep.huggingface.convert <- huggingface.lazy huggingface.names huggingface.source
+functional_ep.huggingface.load    <- huggingface.convert huggingface.lazy huggingface.names
+                                     huggingface.source sharding
+functional_ep.huggingface.parts   <-
+functional_ep.huggingface.experts <- grouped moe sharding.comm sharding.mesh
+functional_ep.huggingface.adapters <- grouped huggingface.experts
+functional_ep.huggingface.lora    <- grouped huggingface.experts huggingface.lazy
+functional_ep.huggingface.adapted <- huggingface.load huggingface.source sharding
+functional_ep.huggingface.detect  <- huggingface.adapters huggingface.experts huggingface.lora
+functional_ep.huggingface.files   <- huggingface.lazy huggingface.names
+                                     huggingface.safetensors_file huggingface.source
+functional_ep.huggingface.companions <-
+functional_ep.huggingface.stream  <- huggingface.lazy huggingface.moves huggingface.names
+                                     sharding sharding.mesh
+functional_ep.huggingface.dump    <- huggingface.companions huggingface.files huggingface.lazy
+                                     huggingface.lora huggingface.names huggingface.safetensors_file
+                                     huggingface.source huggingface.stream sharding
+functional_ep.huggingface.recording <-
+functional_ep.huggingface.skeleton <-
+functional_ep.huggingface.idle    <-
+functional_ep.huggingface.replica <- huggingface.adapters huggingface.experts huggingface.parts
+                                     huggingface.recording sharding sharding.mesh sharding.walk
+functional_ep.huggingface.objective <- differentiate routing huggingface.idle huggingface.replica
+                                     sharding
+functional_ep.huggingface.model   <- huggingface.adapted huggingface.detect
+                                     huggingface.experts huggingface.load
+                                     huggingface.objective huggingface.replica
+                                     huggingface.skeleton sharding sharding.walk
+functional_ep.huggingface         <- huggingface.dump huggingface.model huggingface.stream sharding
+functional_ep.__init__      <- huggingface labels lm optim schedules state train_step sharding
 functional_ep.testing       <- lm optim schedules state train_step sharding sharding.testing
 functional_ep.corpus        <-
 functional_ep.data          <- corpus
@@ -83,9 +117,12 @@ functional_ep.metrics       <-
 functional_ep.plot          <- metrics
 functional_ep.malloc        <-
 functional_ep.config        <- lm
-functional_ep.train         <- agreement config corpus data lm metrics optim schedules
-                               state train_step sharding sharding.collectives
-functional_ep.cli           <- config corpus data malloc metrics plot train
+functional_ep.vocabulary    <-
+functional_ep.program       <- config data huggingface huggingface.idle lm optim schedules state
+                               train_step vocabulary sharding
+functional_ep.train         <- agreement config corpus data metrics program vocabulary
+                               sharding sharding.collectives
+functional_ep.cli           <- config corpus data huggingface malloc metrics plot train vocabulary
                                sharding sharding.distributed
 functional_ep.__main__      <- cli
 """

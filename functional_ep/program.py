@@ -1,0 +1,99 @@
+"""What a rank runs: a recipe's model, optimizer and train step as functions of shards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import optree
+import torch
+from torch import Tensor
+
+from sharding import Comm, Plan, Precision, expert_parallel, make_plan, zero3
+
+from . import lm
+from .config import Recipe
+from .data import Batch
+from .huggingface import from_huggingface, to_huggingface
+from .huggingface.idle import standing_in
+from .optim import adamw
+from .schedules import cosine
+from .state import State, init_state
+from .train_step import make_train_step
+from .vocabulary import Vocabulary, bytewise, of_directory
+
+RULES = {"dense": zero3("edp", "ep"), "expert": expert_parallel("ep", store=("edp",))}
+PRECISION = {"fp32": Precision(), "bf16": Precision(compute=torch.bfloat16)}
+
+Loss = Callable[[Any, Batch], tuple[Tensor, Tensor, dict[str, Tensor]]]
+
+
+class Program(NamedTuple):
+    """One rank's functions of the shards, and the state they start from."""
+
+    description: str
+    parameters: int
+    vocabulary: Vocabulary
+    loss: Loss  # as in evaluation, without dropout
+    logits: Callable[[Any, Tensor], Tensor]
+    step: Callable[[State, Batch], tuple[State, dict[str, Tensor]]]
+    state: State
+    save: Callable[[State, Path], None]  # weights for other programs
+
+
+def build(comm: Comm, recipe: Recipe, device: torch.device) -> Program:
+    """The recipe's program on this rank of the mesh."""
+    return _from_weights(comm, recipe) if recipe.weights else _from_scratch(comm, recipe, device)
+
+
+def _from_scratch(comm: Comm, recipe: Recipe, device: torch.device) -> Program:
+    cfg = recipe.model
+    params: Any = lm.init(cfg, seed=recipe.seed)
+    params = optree.tree_map(lambda leaf: leaf.to(device), params)
+    plan = make_plan(params, lm.labels, RULES, comm.mesh, PRECISION[recipe.precision])
+    loss = lm.loss(cfg, plan, comm, backward="regather")
+    step, state = _training(recipe, plan, comm, loss, plan.shard(params, comm))
+    return Program(
+        f"{cfg.layers} layers, {cfg.experts} experts, top-{cfg.top_k}",
+        _size(plan),
+        bytewise(),
+        loss,
+        lm.apply(cfg, plan, comm),
+        step,
+        state,
+        lambda state, path: None,
+    )
+
+
+def _from_weights(comm: Comm, recipe: Recipe) -> Program:
+    directory = Path(recipe.weights)
+    model = from_huggingface(directory, dtype=torch.float32)
+    plan = make_plan(model.shapes, model.labels, RULES, comm.mesh, PRECISION[recipe.precision])
+    apply = model.apply(plan, comm)
+    step, state = _training(recipe, plan, comm, model.loss(plan, comm), model.load(plan, comm))
+    return Program(
+        type(model.skeleton).__name__,
+        _size(plan),
+        of_directory(directory),
+        model.loss(plan, comm, training=False),
+        lambda shards, ids: apply(shards, **standing_in({"input_ids": ids})).logits[: len(ids)],
+        step,
+        state,
+        lambda state, path: to_huggingface(path, state.params, plan, comm, model),
+    )
+
+
+def _training(
+    recipe: Recipe, plan: Plan, comm: Comm, loss: Loss, shards: Any
+) -> tuple[Callable[..., tuple[State, dict[str, Tensor]]], State]:
+    warmup = int(recipe.warmup * recipe.steps)
+    schedule = cosine(recipe.lr, warmup=warmup, total=recipe.steps)
+    tx = adamw(schedule, weight_decay=recipe.weight_decay)
+    step = make_train_step(loss, plan, tx, comm, clip=recipe.clip, donate=True)
+    return step, init_state(shards, plan, tx)
+
+
+def _size(plan: Plan) -> int:
+    return sum(math.prod(leaf.shape) for leaf in plan.leaves)
