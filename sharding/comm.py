@@ -97,9 +97,10 @@ class Comm(ABC):
 
     def fiber(self, axes: Axes) -> tuple[int, ...]:
         """The ranks of this rank's fiber along ``axes``, in order."""
-        if self.mesh.check(axes) not in self._fibers:
-            self._fibers[axes] = self.mesh.fiber(self.rank, axes)
-        return self._fibers[axes]
+        known = self._fibers.get(axes) if isinstance(axes, tuple) else None
+        if known is None:
+            known = self._fibers[axes] = self.mesh.fiber(self.rank, self.mesh.check(axes))
+        return known
 
     def index(self, axes: Axes) -> int:
         """This rank's place in its fiber along ``axes``."""
@@ -118,6 +119,9 @@ class Comm(ABC):
         check(op, xs, len(self.fiber(op.axes)))
         if len(self.fiber(op.axes)) == 1 or not xs:
             return Done(list(xs))
+        if not torch._C._are_functorch_transforms_active():
+            with torch.no_grad():
+                return self._start(op, list(xs))
         with torch.no_grad(), outside_transforms():
             return self._start(op, list(map(plain, xs)))
 

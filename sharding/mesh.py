@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 Axes = tuple[str, ...]
 
@@ -37,12 +38,12 @@ class Mesh:
                 raise ValueError(f"Mesh({axis}={size!r}): an axis has a positive number of ranks")
         object.__setattr__(self, "sizes", tuple(sizes.items()))
 
-    @property
+    @cached_property
     def axes(self) -> Axes:
         """The names of the axes, slowest first."""
         return tuple(axis for axis, _ in self.sizes)
 
-    @property
+    @cached_property
     def size(self) -> int:
         """The number of ranks."""
         return math.prod(size for _, size in self.sizes)

@@ -18,7 +18,7 @@ from sharding import Comm, Divergence, Mesh
 from sharding.comm import Op
 from sharding.distributed import segments
 from sharding.distributed.pairwise import PairwiseComm
-from sharding.distributed.parcel import Parcel, read
+from sharding.distributed.parcel import Layout, Parcel
 from sharding.distributed.segments import Outbox, Segment
 from sharding.distributed.shared import INLINE, LARGE, SharedLink
 
@@ -42,7 +42,7 @@ def test_what_is_laid_out_is_read_again(data: st.DataObject) -> None:
     parcel = Parcel(xs, b"")
     memory = torch.full((parcel.nbytes + 1,), 255, dtype=torch.uint8)
     parcel.write(memory)
-    for x, y in zip(xs, read(memory, [torch.empty_like(x) for x in xs]), strict=True):
+    for x, y in zip(xs, Layout([torch.empty_like(x) for x in xs]).read(memory), strict=True):
         assert x.dtype == y.dtype and torch.equal(x, y)
     assert memory[-1] == 255, "something was written behind the end"
 

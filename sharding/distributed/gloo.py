@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharding.buffers import Buffers
-from sharding.distributed.parcel import Parcel, read
+from sharding.distributed.parcel import Layout, Parcel
 
 SMALL = 1 << 20  # bytes up to which copying a tensor is cheaper than a message of its own
 
@@ -61,16 +61,16 @@ class GlooArrival:
             for i in self.alone:
                 self.out[i] = link.buffers.take(like[i].shape, like[i])
         messages = [self.out[i] for i in self.alone]
-        self.small = [like[i] for i in self.together]
-        if self.small:
-            messages.append(torch.empty(Parcel(self.small, b"").nbytes, dtype=torch.uint8))
+        self.small = Layout([like[i] for i in self.together])
+        if self.together:
+            messages.append(torch.empty(self.small.nbytes, dtype=torch.uint8))
         works = [dist.irecv(x, link.peer) for x in messages]
         self.messages = Messages(works, messages, link.patience)
 
     def wait(self) -> list[Tensor]:
         self.messages.wait()
-        if self.small:
-            arrived = read(self.messages.memory[-1], self.small)
+        if self.together:
+            arrived = self.small.read(self.messages.memory[-1])
             for i, x in zip(self.together, arrived, strict=True):
                 self.out[i] = self.out[i].copy_(x) if self.into else x
         return self.out

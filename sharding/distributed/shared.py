@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sharding.distributed.link import Mismatch
-from sharding.distributed.parcel import Parcel, read, size
+from sharding.distributed.parcel import Layout, Parcel
 from sharding.distributed.segments import Outbox, Segment, mapped
 
 INLINE = 1 << 14  # bytes up to which a parcel travels with its notice
@@ -178,17 +178,18 @@ class SharedArrival:
     def __init__(
         self, link: SharedLink, number: int, like: Sequence[Tensor], into: bool, about: bytes
     ) -> None:
-        self.link, self.number, self.like, self.into, self.about = link, number, like, into, about
+        self.link, self.number, self.into, self.about = link, number, into, about
+        self.layout = Layout(like)
         self.notice: Notice | None = None
 
     def wait(self) -> list[Tensor]:
         notice = self.notice = self.link.take(self.number)
-        if (notice.about, notice.nbytes) != (self.about, size(self.like)):
+        if (notice.about, notice.nbytes) != (self.about, self.layout.nbytes):
             raise Mismatch(f"{notice.about.decode()}, {notice.nbytes} bytes")
-        parts = read(notice.memory, self.like)
+        parts = self.layout.read(notice.memory)
         if not self.into:
             return parts
-        into = list(self.like)
+        into = list(self.layout.like)
         torch._foreach_copy_(into, parts)
         return into
 
