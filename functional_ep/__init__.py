@@ -11,7 +11,7 @@ from .huggingface import from_huggingface, to_huggingface
 from .labels import freeze, label_by_path, train_only
 from .optim import Optimizer, adamw, sgd
 from .schedules import constant, cosine, linear, wsd
-from .state import State, init_state
+from .state import State, init_state, reshard_state
 from .train_step import make_train_step
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "linear",
     "lm",
     "make_train_step",
+    "reshard_state",
     "sgd",
     "to_huggingface",
     "train_only",

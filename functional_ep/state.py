@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sharding import Plan
+from sharding import Comm, Plan, reshard
 
 from .optim import Moments, Optimizer, by_label
 
@@ -57,3 +57,67 @@ def init_state(shards: Any, plan: Plan, optimizers: Optimizer | Mapping[str, Opt
         }
         opt[label] = optimizer.init(mine)
     return State(torch.zeros((), dtype=torch.int64), shards, opt)
+
+
+def reshard_state(state: State, from_plan: Plan, to_plan: Plan, comm: Comm) -> State:
+    """The same state, on other rules, labels or axes: training goes on as if it had begun there.
+
+    Moments move with their parameters, so labels may be cut differently; those of a label that is
+    frozen now are left behind.
+
+    Args:
+        state: of ``from_plan``.
+        from_plan: where it lives now.
+        to_plan: where it is to live.
+        comm: the ranks; see :func:`sharding.reshard`.
+
+    Raises:
+        ValueError: plans that do not fit; a label whose leaves have different moments, or none,
+            because they had other optimizers or were frozen.
+
+    >>> from sharding import Mesh, make_plan, replicated, simulate, zero3
+    >>> from functional_ep import adamw
+    >>> params, mesh = {"w": torch.ones(3)}, Mesh(edp=2)
+    >>> rules = {"dense": zero3("edp")}, {"all": replicated()}
+    >>> labels = {"w": "dense"}, {"w": "all"}
+    >>> a, b = (make_plan(params, *each, mesh) for each in zip(labels, rules))
+    >>> def program(comm):
+    ...     state = init_state(a.shard(params, comm), a, adamw(1e-3))
+    ...     return reshard_state(state, a, b, comm).opt["all"]["m"]["w"].shape
+    >>> simulate(program, mesh)[0]
+    torch.Size([3])
+    """
+    olds, news = ({leaf.path: leaf for leaf in plan.leaves} for plan in (from_plan, to_plan))
+    held: dict[str, dict[str, Tensor]] = {path: {} for path in olds}
+    for moments in state.opt.values():
+        for name, by_path in moments.items():
+            for path, x in by_path.items():
+                held[path][name] = x
+    params = reshard(state.params, from_plan, to_plan, comm)
+    opt: dict[str, Moments] = {}
+    for label in to_plan.trained:
+        paths = [leaf.path for leaf in to_plan.leaves if leaf.label == label]
+        old, new = from_plan.at([olds[p] for p in paths]), to_plan.at([news[p] for p in paths])
+        opt[label] = {
+            name: dict(
+                zip(paths, reshard([held[p][name] for p in paths], old, new, comm), strict=True)
+            )
+            for name in _moments_of(label, paths, held, from_plan)
+        }
+    return State(state.step.clone(), params, opt)
+
+
+def _moments_of(
+    label: str, paths: list[str], held: dict[str, dict[str, Tensor]], plan: Plan
+) -> list[str]:
+    """The names of the moments that all leaves of a label have."""
+    labels = {leaf.path: leaf.label for leaf in plan.leaves}
+    for path in paths:
+        if labels[path] in plan.frozen:
+            raise ValueError(f"{path!r} was frozen and has no moments to go on with: start a state")
+        if set(held[path]) != set(held[paths[0]]):
+            raise ValueError(
+                f"label {label!r}: {paths[0]!r} has the moments {sorted(held[paths[0]])} and "
+                f"{path!r} has {sorted(held[path])}; they had different optimizers"
+            )
+    return list(held[paths[0]])

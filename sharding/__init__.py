@@ -12,6 +12,7 @@ from .gather import Precision
 from .leaf import Leaf
 from .mesh import Mesh
 from .plan import Plan, make_plan
+from .reshard import reshard
 from .rule import Rule, expert_parallel, interval, partition, replicated, unpartition, zero3
 from .sharded import sharded
 from .simulate import simulate
@@ -30,6 +31,7 @@ __all__ = [
     "make_plan",
     "partition",
     "replicated",
+    "reshard",
     "sharded",
     "simulate",
     "unpartition",

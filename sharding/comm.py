@@ -7,6 +7,7 @@ not block; the result is awaited. One abstract method is all that a new transpor
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, Protocol
@@ -94,6 +95,25 @@ class Comm(ABC):
         self.device = torch.device("cpu")  # of what travels without having come from elsewhere
         self.in_flight: dict[int, Work] = {}  # started by a differentiable collective, not awaited
         self._fibers: dict[Axes, tuple[int, ...]] = {}
+
+    def on(self, mesh: Mesh) -> Comm:
+        """The same ranks, arranged along the axes of another mesh.
+
+        All ranks have to call.
+
+        Raises:
+            ValueError: a mesh of another number of ranks.
+
+        >>> from sharding import simulate
+        >>> simulate(lambda comm: comm.on(Mesh(edp=2, ep=2)).coords, Mesh(ep=4))[1]
+        {'edp': 0, 'ep': 1}
+        """
+        if mesh.size != self.mesh.size:
+            raise ValueError(f"{mesh} has {mesh.size} ranks, but there are {self.mesh.size}")
+        other = copy.copy(self)
+        other.mesh, other.coords = mesh, mesh.coords(self.rank)
+        other.in_flight, other._fibers = {}, {}
+        return other
 
     def fiber(self, axes: Axes) -> tuple[int, ...]:
         """The ranks of this rank's fiber along ``axes``, in order."""

@@ -34,6 +34,7 @@ sharding.gather             <- collectives comm mesh rule
 sharding.footprint          <- gather
 sharding.leaf               <- mesh rule tree
 sharding.plan               <- comm footprint gather leaf mesh rule tree
+sharding.reshard            <- comm gather plan rule tree
 sharding.closed             <- node streams
 sharding.fetched            <- comm gather node plain
 sharding.walk               <- closed collectives comm fetched gather plan tree
@@ -53,7 +54,8 @@ sharding.distributed.pairwise <- buffers comm distributed.gloo distributed.link 
                                distributed.shared mesh plain
 sharding.distributed.nccl   <- comm distributed.ranks mesh
 sharding.distributed        <- distributed.nccl distributed.pairwise distributed.ranks mesh
-sharding.__init__           <- comm distributed gather leaf mesh plan rule sharded simulate
+sharding.__init__           <- comm distributed gather leaf mesh plan reshard rule sharded
+                               simulate
 sharding.recording          <- comm mesh simulate
 sharding.strategies         <- mesh plan rule
 sharding.laws               <- comm gather rule simulate strategies

@@ -22,6 +22,17 @@ class NcclComm(DistributedComm):
         super().__init__(mesh, rank, devices, timeout)
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.groups: dict[tuple[int, ...], Any] = {tuple(mesh): dist.group.WORLD}
+        self._make_groups()
+
+    def on(self, mesh: Mesh) -> NcclComm:
+        other = super().on(mesh)
+        assert isinstance(other, NcclComm)
+        other.groups = dict(self.groups)
+        other._make_groups()
+        return other
+
+    def _make_groups(self) -> None:
+        mesh = self.mesh
         for axes in _subsets(mesh.axes):
             fibers = sorted({mesh.fiber(r, axes) for r in mesh})
             if len(fibers) > 1 and len(fibers[0]) > 1:
