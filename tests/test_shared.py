@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -130,6 +131,33 @@ def test_an_unwanted_parcel_gives_its_memory_back(ends: Ends) -> None:
     assert not ends.right.notices and not ends.right.unwanted
 
 
+def test_who_has_sent_all_may_leave_before_it_is_read(ends: Ends) -> None:
+    x = torch.ones(LARGE)
+    arrival = ends.right.receive([x], into=False, about=b"x")
+    ends.left.send(Parcel([x], b"x"))
+    ends.left.close()
+    assert torch.equal(arrival.wait()[0], x)
+    arrival.release()  # of a rank that has gone: nobody wants it back
+
+
+def test_a_descriptor_that_cannot_be_received_is_an_error(ends: Ends) -> None:
+    """And not the memory that lay under this number before."""
+    ends.pass_on([torch.ones(INLINE)])
+    ends.right.send(Parcel([], b"y"))
+    ends.left.receive([], into=False, about=b"y").wait()
+    x = torch.full((4 * INLINE,), 7.0)
+    ends.left.send(Parcel([x], b"x"))  # the segment grows, and has another descriptor
+    first_free = os.dup(0)
+    os.close(first_free)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (first_free, hard))
+    try:
+        with pytest.raises(OSError, match="too many files are open"):
+            ends.right.receive([x], into=False, about=b"x").wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def test_a_rank_that_does_not_answer_is_given_up(ends: Ends) -> None:
     with pytest.raises(TimeoutError, match="no message for 2 s"):
         ends.right.receive([], into=False, about=b"").wait()
@@ -149,13 +177,27 @@ def run_ahead(comm: Comm, transfers: int, entries: int) -> list[float]:
     """Far more transfers than a socket holds notices of, all started before one is awaited."""
     xs = [torch.full((entries,), float(i + comm.rank)) for i in range(transfers)]
     works = [comm.start(Op("all_reduce", ("ep",)), [x]) for x in xs]
-    return [float(work.wait()[0].sum()) / entries for work in works]
+    found = [float(work.wait()[0].sum()) / entries for work in works]
+    # All segments that the other has read are given back at once.
+    comm.all_reduce([torch.ones(INLINE // 4)], ("ep",))
+    return found
 
 
 @pytest.mark.parametrize("entries", [INLINE // 4, INLINE // 4 + 1])
 def test_ranks_may_run_far_ahead(ranks2: Farm, entries: int) -> None:
-    expected = [2.0 * i + 1 for i in range(600)]
-    assert ranks2.run(run_ahead, MESH, [600] * 2, [entries] * 2) == [expected] * 2
+    expected = [2.0 * i + 1 for i in range(800)]
+    assert ranks2.run(run_ahead, MESH, [800] * 2, [entries] * 2) == [expected] * 2
+
+
+def run_ahead_in_a_ring(comm: Comm) -> bool:
+    """Each rank begins with its neighbour, so that each would wait for one that waits for it."""
+    op = Op("all_gather", ("ep",))
+    works = [comm.start(op, [torch.full((INLINE // 4,), float(i))]) for i in range(100)]
+    return all(bool((work.wait()[0] == i).all()) for i, work in enumerate(works))
+
+
+def test_more_than_two_may_run_far_ahead_as_well(ranks4: Farm) -> None:
+    assert ranks4.run(run_ahead_in_a_ring, Mesh(ep=4)) == [True] * 4
 
 
 def abandon(comm: Comm) -> int:

@@ -31,19 +31,39 @@ def meet(rank: int, world: int, timeout: float) -> dict[int, socket.socket]:
         dist.all_gather_object(found, (host, name))
         near = [r for r, (other, _) in enumerate(found) if host and other == host and r != rank]
         connections: dict[int, socket.socket] = {}
-        for peer in (r for r in near if r < rank):
-            connections[peer] = connection = socket.socket(*_kind())
-            connection.connect(found[peer][1])
-            connection.send(RANK.pack(rank))
-        while len(connections) < len(near):
-            connection, _ = listener.accept()
-            if _user(connection) != os.getuid():
-                connection.close()
-                continue
-            connection.settimeout(None)
-            (peer,) = RANK.unpack(connection.recv(RANK.size))
-            connections[peer] = connection
+        try:
+            for peer in (r for r in near if r < rank):
+                connections[peer] = _connect(found[peer][1], rank)
+            while len(connections) < len(near):
+                connection, _ = listener.accept()
+                peer = _greeting(connection, timeout)
+                if peer is not None:
+                    connections[peer] = connection
+        except OSError as error:
+            missing = sorted(set(near) - set(connections))
+            raise RuntimeError(
+                f"rank {rank} could not connect to ranks {missing} of this host within "
+                f"{timeout:g} s: see their own errors ({error})"
+            ) from error
     return connections
+
+
+def _connect(name: bytes, rank: int) -> socket.socket:
+    connection = socket.socket(*_kind())
+    connection.connect(name)
+    connection.send(RANK.pack(rank))
+    return connection
+
+
+def _greeting(connection: socket.socket, timeout: float) -> int | None:
+    """The rank that has connected; None of a stranger, who is turned away."""
+    if _user(connection) != os.getuid():
+        connection.close()
+        return None
+    connection.settimeout(timeout)
+    (peer,) = RANK.unpack(connection.recv(RANK.size))
+    connection.settimeout(None)
+    return int(peer)
 
 
 def _kind() -> tuple[int, int]:
@@ -55,7 +75,7 @@ def _host() -> str:
     boot, network = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/net")
     if not hasattr(os, "memfd_create") or not boot.exists() or not network.exists():
         return ""
-    return f"{boot.read_text().strip()} {network.stat().st_ino}"
+    return f"{boot.read_text().strip()} {network.stat().st_ino} {os.getuid()}"
 
 
 def _user(connection: socket.socket) -> int:

@@ -6,6 +6,8 @@ gloo's own all-gather and reduce-scatter move each byte several times.
 
 from __future__ import annotations
 
+import os
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import TypeVar
@@ -27,7 +29,7 @@ from sharding.mesh import Mesh
 from sharding.plain import outside_transforms
 
 ONE_HOP = 1 << 18  # bytes up to which an all-reduce sends everything to everyone at once
-MOST = 20  # tensors that a message names
+MOST, LONGEST = 20, 1000  # tensors that a message names; bytes of their names
 
 T = TypeVar("T")
 Parts = dict[int, list[Tensor]]  # what has come, by the sender's place in the fiber
@@ -74,10 +76,10 @@ class Exchange:
 
     def __del__(self) -> None:
         # Nobody asked for the result: of a view fetched ahead of a backward pass that ended early.
-        with suppress(Exception):
-            for peer, sending in self.sent:
-                self._attempt(peer, sending.wait)
-            self._release()
+        # Memory may be collected in the middle of anything, so this is left for the next transfer.
+        if self.sent or self.awaited:
+            arrivals = [arrival for _, arrival in self.awaited.values()]
+            self.comm.abandoned.append(([sending for _, sending in self.sent], arrivals))
 
     def _attempt(self, peer: int, act: Callable[[], T]) -> T:
         try:
@@ -91,6 +93,10 @@ class Exchange:
         other = f"rank {peer} {mesh.coords(peer)}"
         if isinstance(error, Mismatch):
             problem = f"{other} has sent something else: {error}"
+        elif isinstance(error, TimeoutError):
+            problem = f"{other} did not join it within {comm.timeout:g} s ({error})"
+        elif isinstance(error, ConnectionError):
+            problem = f"{other} has gone ({error}): see its own error, if it has printed one"
         else:
             problem = f"{other} did not join it within {comm.timeout:g} s or has gone ({error})"
         return (
@@ -106,6 +112,7 @@ class PairwiseComm(DistributedComm):
     def __init__(self, mesh: Mesh, rank: int, devices: DeviceMesh, timeout: float) -> None:
         super().__init__(mesh, rank, devices, timeout)
         self.buffers, self.outbox = Buffers(), Outbox()
+        self.abandoned: list[tuple[list[Sending], list[Arrival]]] = []
         near = meet(rank, mesh.size, timeout)
         self.links: dict[int, Link] = {
             peer: SharedLink(peer, near[peer], self.outbox, timeout)
@@ -115,12 +122,29 @@ class PairwiseComm(DistributedComm):
             if peer != rank
         }
 
+        shared = [link for link in self.links.values() if isinstance(link, SharedLink)]
+        for link in shared:
+            link.neighbours = shared
+        _close_in_children(self)
+
     def close(self) -> None:
+        with suppress(RuntimeError, OSError):
+            self._settle()
         for link in self.links.values():
             link.close()
         self.outbox.close()
 
+    def _settle(self) -> None:
+        """See transfers off that nobody awaits any more."""
+        while self.abandoned:
+            sent, arrivals = self.abandoned.pop()
+            for sending in sent:
+                sending.wait()
+            for arrival in arrivals:
+                arrival.release()
+
     def _start(self, op: Op, xs: list[Tensor]) -> Work:
+        self._settle()
         xs = [x.detach().contiguous() for x in xs]
         if op.kind == "all_gather":
             return self._all_gather(op, xs)
@@ -203,9 +227,22 @@ class PairwiseComm(DistributedComm):
         return exchange
 
 
+def _close_in_children(comm: PairwiseComm) -> None:
+    """A forked child (of a data loader) must not hold the sockets of a rank that has died open."""
+    known = weakref.ref(comm)
+
+    def close() -> None:
+        comm = known()
+        if comm is not None:
+            comm.abandoned.clear()
+            comm.close()
+
+    os.register_at_fork(after_in_child=close)
+
+
 def _about(op: Op, xs: Sequence[Tensor]) -> bytes:
     """What all ranks of the fiber say alike of a collective: how many rows go where may differ."""
     skip = 1 if op.kind == "all_to_all" else 0
     shapes = ", ".join(f"{str(x.dtype)[6:]}{list(x.shape[skip:])}" for x in xs[:MOST])
     more = f" and {len(xs) - MOST} more" if len(xs) > MOST else ""
-    return f"{op.kind}{op.axes} of [{shapes}{more}]".encode()
+    return f"{op.kind}{op.axes} of [{shapes}{more}]".encode()[:LONGEST]

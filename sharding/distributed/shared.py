@@ -15,6 +15,7 @@ import socket
 import struct
 from array import array
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ HEADER = struct.Struct("=iQHH")  # segment (or INSIDE, NOTHING), bytes, segments
 INSIDE, NOTHING = -1, -2
 DESCRIPTOR = socket.CMSG_SPACE(array("i").itemsize)
 ROOM = INLINE + (1 << 12)
+FREED = 256  # segments that a notice gives back at the most
 ALIGN = 16  # bytes; what a small parcel starts at a multiple of
 
 
@@ -49,6 +51,8 @@ class SharedLink:
         self, peer: int, connection: socket.socket, outbox: Outbox, timeout: float
     ) -> None:
         self.peer, self.socket, self.outbox, self.timeout = peer, connection, outbox, timeout
+        self.neighbours: list[SharedLink] = [self]  # all links of this rank
+        self.ended = False
         whole, part = divmod(int(timeout * 1e6), 1_000_000)
         patience = struct.pack("ll", whole, part)  # a timeval; without a system call per message
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, patience)
@@ -96,8 +100,9 @@ class SharedLink:
         if notice.segment < 0:
             return
         self.freed.append(notice.segment)
-        if notice.nbytes >= LARGE:
-            self._notify(NOTHING)
+        if notice.nbytes >= LARGE or len(self.freed) >= FREED:
+            with suppress(ConnectionError):  # who has gone needs no memory back
+                self._notify(NOTHING)
 
     def _segment(self, parcel: Parcel) -> Segment:
         if parcel.written is None:
@@ -112,7 +117,7 @@ class SharedLink:
         self, segment: int, parcel: Parcel | None = None, inside: bytes = b"", fd: int | None = None
     ) -> None:
         about, nbytes = (b"", 0) if parcel is None else (parcel.about, parcel.nbytes)
-        freed, self.freed = array("i", self.freed), []
+        freed, self.freed = array("i", self.freed[:FREED]), self.freed[FREED:]
         header = HEADER.pack(segment, nbytes, len(freed), len(about))
         message = b"".join((header, freed.tobytes(), about))
         if inside:
@@ -126,23 +131,37 @@ class SharedLink:
                 self._until_writable()
 
     def _until_writable(self) -> None:
-        ready = select.poll()
-        ready.register(self.socket, select.POLLIN | select.POLLOUT)
+        """Meanwhile listen to everybody: in a ring, each waits for one who waits for another."""
+        ready, links = select.poll(), {link.socket.fileno(): link for link in self.neighbours}
+        for number, link in links.items():
+            if not link.ended:
+                ready.register(number, select.POLLIN | (select.POLLOUT if link is self else 0))
         events = ready.poll(self.timeout * 1e3)
         if not events:
             raise TimeoutError(f"rank {self.peer} reads no messages")
-        if events[0][1] & select.POLLIN:
-            self._hear()
+        for number, event in events:
+            link = links[number]
+            if event & select.POLLIN:
+                try:
+                    link._hear()
+                except ConnectionError:
+                    link.ended = True
+                    if link is self:
+                        raise
+            elif link is not self:
+                link.ended = True  # an error on its socket, which its own transfers will report
 
     def _hear(self) -> None:
         """The next notice."""
         message = bytearray(ROOM)
         try:
-            n, rights, *_ = self.socket.recvmsg_into([message], DESCRIPTOR)
+            n, rights, flags, _ = self.socket.recvmsg_into([message], DESCRIPTOR)
         except BlockingIOError:
             raise TimeoutError(f"no message for {self.timeout:g} s") from None
         if not n:
             raise ConnectionError("its process has ended")
+        if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
+            raise OSError("a descriptor could not be received: too many files are open (ulimit -n)")
         segment, nbytes, freed, about = HEADER.unpack_from(message)
         start = HEADER.size + freed * array("i").itemsize
         for number in array("i", bytes(message[HEADER.size : start])):
