@@ -4,7 +4,7 @@ python examples/finetune.py MODEL TEXT OUT                              everythi
 python examples/finetune.py MODEL TEXT OUT --train "*.mlp.gate.*"       only the routers
 python examples/finetune.py MODEL TEXT OUT --train "*.experts.*"        only the experts
 python examples/finetune.py MODEL TEXT OUT --freeze "*.experts.*"       everything but the experts
-python examples/finetune.py MODEL TEXT OUT --lora 8 --train "*.lora_*"  adapters
+python examples/finetune.py MODEL TEXT OUT --lora 8                     an adapter
 torchrun --nproc-per-node 2 examples/finetune.py ...                    on two processes
 
 OUT is a directory that from_pretrained loads; with --lora, one for PeftModel.from_pretrained.
@@ -75,9 +75,15 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128, help="tokens per window")
     parser.add_argument("--lr", type=float, default=1e-4)
     options = parser.parse_args()
+    if options.lora and not options.train:
+        options.train = ["*.lora_*"]
+    if options.out.exists():
+        parser.error(f"{options.out} exists already: what is trained is written to a new directory")
     mesh = Mesh(edp=options.edp, ep=options.ep)
     text = options.text.read_text("utf-8")
     tokens = torch.tensor(AutoTokenizer.from_pretrained(options.model)(text)["input_ids"])
+    if len(tokens) <= options.length:
+        parser.error(f"{options.text} has {len(tokens)} tokens: --length has to be less")
     if is_torchelastic_launched():
         with distributed(mesh) as comm:
             rank, losses = comm.rank, program(comm, options, tokens)

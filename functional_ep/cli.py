@@ -84,6 +84,8 @@ def prepare(options: argparse.Namespace, launched: int | None) -> Job:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     out = options.out or _default_out(recipe, corpus, mesh)
     if recipe.weights:
+        if recipe.model != Recipe().model:
+            raise ValueError("model.* describes a new model, but --model loads one: set only one")
         of_directory(Path(recipe.weights))
         if (out / WEIGHTS).exists():
             raise ValueError(f"{out / WEIGHTS} exists already: move it away, or give another --out")

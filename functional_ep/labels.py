@@ -49,6 +49,9 @@ def label_by_path(patterns: Mapping[str, str], default: str | None = None) -> Ca
     return labels
 
 
+FROZEN = ", frozen"
+
+
 class Selection(NamedTuple):
     """Labels and rules of which some are frozen, as :func:`sharding.make_plan` takes them."""
 
@@ -67,8 +70,11 @@ def train_only(labels: Any, rules: Mapping[str, Rule], *patterns: str) -> Select
         rules: one for each of them.
         patterns: of the paths of what is trained.
 
+    What was frozen before stays so: selections may follow one another.
+
     Raises:
         ValueError: a pattern that matches no leaf.
+        TypeError: labels that are a function of the params, or patterns in a list.
 
     >>> from sharding import replicated
     >>> rules = {"dense": replicated()}
@@ -96,17 +102,23 @@ def freeze(labels: Any, rules: Mapping[str, Rule], *patterns: str) -> Selection:
 def _select(
     labels: Any, rules: Mapping[str, Rule], patterns: Sequence[str], freeze: bool
 ) -> Selection:
+    if callable(labels):
+        raise TypeError("labels are a function here: give the labels that it makes, labels(params)")
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(
+            f"patterns are strings, one after the other, not {patterns[0]!r}: unpack it"
+        )
     leaves, spec = flatten(labels)
     paths = path_strings(labels)
     _refuse_unused([p for p in patterns if not any(fnmatchcase(x, p) for x in paths)], paths)
     chosen = [any(fnmatchcase(path, pattern) for pattern in patterns) for path in paths]
     named = [
-        f"{label}, frozen" if matches == freeze else label
+        label + FROZEN if matches == freeze and not label.endswith(FROZEN) else label
         for label, matches in zip(leaves, chosen, strict=True)
     ]
-    both = {name: rule for label, rule in rules.items() for name in (label, f"{label}, frozen")}
+    both = {name: rule for label, rule in rules.items() for name in (label, label + FROZEN)}
     used = {name: rule for name, rule in both.items() if name in set(named)}
-    frozen = tuple(name for name in used if name not in rules)
+    frozen = tuple(name for name in used if name.endswith(FROZEN))
     return Selection(unflatten(spec, named), used, frozen)
 
 

@@ -49,6 +49,10 @@ def by_label(optimizers: Optimizer | Mapping[str, Optimizer], plan: Plan) -> dic
     """
     if isinstance(optimizers, Optimizer):
         return dict.fromkeys(plan.trained, optimizers)
+    if not isinstance(optimizers, Mapping):
+        raise TypeError(
+            f"optimizers are {optimizers!r}: adamw(...), sgd(...), or a dict of them by label"
+        )
     if set(optimizers) != set(plan.trained):
         frozen = f" (frozen: {sorted(plan.frozen)})" if plan.frozen else ""
         raise ValueError(

@@ -102,15 +102,17 @@ functional_ep.huggingface.dump    <- huggingface.companions huggingface.files hu
 functional_ep.huggingface.recording <-
 functional_ep.huggingface.skeleton <-
 functional_ep.huggingface.idle    <-
+functional_ep.huggingface.shift   <-
 functional_ep.huggingface.replica <- huggingface.adapters huggingface.experts huggingface.parts
                                      huggingface.recording sharding sharding.mesh sharding.walk
 functional_ep.huggingface.objective <- differentiate routing huggingface.idle huggingface.replica
-                                     sharding
+                                     huggingface.shift sharding
 functional_ep.huggingface.model   <- huggingface.adapted huggingface.detect
                                      huggingface.experts huggingface.load
                                      huggingface.objective huggingface.replica
                                      huggingface.skeleton sharding sharding.walk
-functional_ep.huggingface         <- huggingface.dump huggingface.model huggingface.stream sharding
+functional_ep.huggingface         <- huggingface.dump huggingface.model huggingface.shift
+                                     huggingface.stream sharding
 functional_ep.__init__      <- huggingface labels lm optim schedules state train_step sharding
 functional_ep.testing       <- lm optim schedules state train_step sharding sharding.testing
 functional_ep.corpus        <-

@@ -17,8 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralForCausalLM
 import functional_ep.huggingface as huggingface
 from functional_ep import from_huggingface, label_by_path
 from functional_ep.differentiate import sum_over_ranks
+from functional_ep.huggingface import next_tokens
 from functional_ep.huggingface.model import Model
-from functional_ep.huggingface.objective import next_tokens
 from functional_ep.huggingface.parts import parts
 from sharding import Comm, Mesh, make_plan, simulate
 from sharding.simulate import PerRank
@@ -365,6 +365,7 @@ def test_bad_input_is_one_clear_error() -> None:
         "the plan was made for other params": lambda p, c: other.load(p, c),
         "a config has no weights": lambda p, c: from_huggingface(model.config).load(p, c),
         "is on the meta device": lambda p, c: from_huggingface(bare.skeleton).load(p, c),
+        "the input ids themselves": lambda p, c: loss(p, c, {"input_ids": ids, "labels": ids}),
         "a batch has input_ids and labels": lambda p, c: loss(p, c, {"input_ids": ids}),
         "must have one shape": lambda p, c: loss(p, c, {"input_ids": ids, "labels": ids[:1]}),
         "router_loss='local'": lambda p, c: loss(p, c, batch, router_loss="local"),

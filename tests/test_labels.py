@@ -45,6 +45,27 @@ def test_what_one_trains_the_other_freezes_and_no_rule_changes(
         assert set(found.rules) == set(found.labels.values()), "a rule without a leaf is refused"
 
 
+@given(labelled(), st.data())
+def test_what_is_frozen_stays_so(labels: dict[str, str], data: st.DataObject) -> None:
+    first = data.draw(st.sampled_from(sorted(labels)))
+    second = data.draw(st.sampled_from(sorted(labels)))
+    one = train_only(labels, RULES, first)
+    two = freeze(one.labels, one.rules, second)
+    for path, label in labels.items():
+        trained = path == first != second
+        assert (two.labels[path] in two.frozen) != trained
+        assert two.rules[two.labels[path]] == RULES[label]
+
+
+def test_what_is_no_tree_of_labels_or_no_pattern_is_refused() -> None:
+    by_path: Any = label_by_path({}, default="dense")
+    with pytest.raises(TypeError, match=r"give the labels that it makes, labels\(params\)"):
+        train_only(by_path, RULES, "*")
+    patterns: Any = ["gate"]
+    with pytest.raises(TypeError, match=r"not \['gate'\]: unpack it"):
+        train_only({"gate": "dense"}, RULES, patterns)
+
+
 def test_trees_keep_their_structure() -> None:
     labels: Any = {"blocks": [{"w": "dense"}, {"w": "dense"}]}
     found: Selection = train_only(labels, RULES, "blocks/1/*")

@@ -159,8 +159,46 @@ def test_a_fresh_adapter_adds_nothing_and_begins_as_that_of_peft(tmp_path: Path)
 
 def test_an_initialisation_that_needs_weights_is_refused(tmp_path: Path) -> None:
     build("mixtral").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"init_lora_weights='pissa' needs whole weights: attach"):
+    with pytest.raises(ValueError, match=r"init_lora_weights='pissa' needs whole weights. Attach"):
         from_huggingface(tmp_path, adapter=config(init_lora_weights="pissa"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"use_dora": True, "target_parameters": None},
+            r"magnitude_vector.*only lora_A and lora_B",
+        ),
+        ({"target_modules": ["embed_tokens"]}, r"lora_embedding_A.*get_peft_model"),
+        ({"modules_to_save": ["lm_head"]}, r"lm_head.*get_peft_model"),
+    ],
+)
+def test_what_would_begin_wrong_is_refused(
+    changed: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    build("mixtral").save_pretrained(tmp_path)
+    arguments: dict[str, Any] = {"target_modules": ["q_proj"], "target_parameters": EXPERTS}
+    with pytest.raises(ValueError, match=message):
+        from_huggingface(tmp_path, adapter=LoraConfig(r=2, **{**arguments, **changed}))
+
+
+def test_another_adapter_than_lora_is_refused(tmp_path: Path) -> None:
+    build("mixtral").save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match=r"adapter='lora': a LoraConfig of peft is needed"):
+        from_huggingface(tmp_path, adapter="lora")
+
+
+def test_a_trained_base_is_not_lost_without_a_word(tmp_path: Path) -> None:
+    model, mesh = from_huggingface(adapted("mixtral")), Mesh(edp=1, ep=1)
+
+    def program(comm: Comm) -> None:
+        plan = make_plan(model.shapes, model.labels, RULES, mesh)
+        to_huggingface(tmp_path / "out", model.load(plan, comm), plan, comm, model)
+
+    with pytest.raises(ValueError, match=r"is trained, but only the adapter would be written"):
+        simulate(program, mesh)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_adapter_of_another_parameter_is_refused() -> None:

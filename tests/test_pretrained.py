@@ -97,8 +97,6 @@ def test_what_would_be_lost_at_the_end_is_refused_at_the_start(
 def test_the_example_trains_what_it_is_told_to(
     chosen: list[str], weights: Path, tmp_path: Path
 ) -> None:
-    if "--lora" in chosen:
-        chosen = [*chosen, "--train", "*.lora_*"]
     out, example = tmp_path / "out", ROOT / "examples" / "finetune.py"
     command = [sys.executable, example, weights, __file__, out, "--steps", "2", "--batch", "3"]
     quiet = ["-W", "ignore"]

@@ -102,6 +102,9 @@ def test_bad_arguments_are_refused() -> None:
         ValueError, match=r"given for \['expert'\], but the labels to train are \['dense'\]"
     ):
         init_state(PARAMS, a_plan(Mesh(edp=1)), {"expert": sgd(0.1)})
+    torch_s: Any = torch.optim.Adam
+    with pytest.raises(TypeError, match=r"optimizers are .*Adam.*a dict of them by label"):
+        init_state(PARAMS, a_plan(Mesh(edp=1)), torch_s)
     with pytest.raises(ValueError, match="plan was made for Mesh"):
         simulate(lambda comm: make_train_step(squares, a_plan(), sgd(0.1), comm), Mesh(edp=1))
     with pytest.raises(ValueError, match="nesterov=True needs a momentum"):

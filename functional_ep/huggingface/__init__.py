@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from functional_ep.huggingface.shift import next_tokens
+
 if TYPE_CHECKING:
     from functional_ep.huggingface.model import Model
     from functional_ep.huggingface.stream import Described
@@ -26,7 +28,8 @@ def from_huggingface(source: Any, dtype: torch.dtype | None = None, adapter: Any
     Args:
         source: a transformers model on any device, with adapters of peft or without; a directory in
             hub layout (weights are read by ``load``, not here); or a config.
-        dtype: of the parameters; by default that of the source.
+        dtype: of the parameters; by default that of a model, and float32 for a directory or a
+            config, whatever its files hold: masters are trained in it and written in it.
         adapter: a ``LoraConfig`` of peft, for a fresh adapter beside the weights of the source.
 
     Raises:
@@ -124,4 +127,4 @@ def _require_transformers() -> None:
         raise ImportError(f"from_huggingface needs another transformers than {found}: {fix}")
 
 
-__all__ = ["from_huggingface", "to_huggingface"]
+__all__ = ["from_huggingface", "next_tokens", "to_huggingface"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 from hashlib import blake2b
 from typing import Any
@@ -15,6 +16,8 @@ from functional_ep.huggingface.source import Source
 from sharding import Comm, Leaf, Plan, partition
 
 ADAPTER = "default"  # what peft calls it
+KNOWN = re.compile(r"\.lora_[AB]\.default\.weight$")
+ELSEWHERE = "Attach others to a model with get_peft_model, and pass that model to from_huggingface"
 
 
 def with_adapter(skeleton: Any, config: Any) -> Any:
@@ -22,18 +25,28 @@ def with_adapter(skeleton: Any, config: Any) -> Any:
 
     Raises:
         ImportError: peft is absent.
-        ValueError: an initialisation that needs the weights, which no rank holds.
+        TypeError: another config than a ``LoraConfig``.
+        ValueError: adapters that begin with something else than ``A`` and ``B``, or with weights,
+            which no rank holds.
     """
     try:
-        from peft import inject_adapter_in_model
+        from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
-        raise ImportError("an adapter needs peft: pip install peft") from None
+        raise ImportError("an adapter needs peft: pip install 'functional-ep[lora]'") from None
+    if not isinstance(config, LoraConfig):
+        raise TypeError(f"adapter={config!r}: a LoraConfig of peft is needed. {ELSEWHERE}")
     if config.init_lora_weights is not True:
         raise ValueError(
-            f"init_lora_weights={config.init_lora_weights!r} needs whole weights: attach the "
-            "adapter to a model with get_peft_model, and pass that model to from_huggingface"
+            f"init_lora_weights={config.init_lora_weights!r} needs whole weights. {ELSEWHERE}"
         )
-    return inject_adapter_in_model(config, copy.deepcopy(skeleton), ADAPTER, low_cpu_mem_usage=True)
+    adapted: Any = inject_adapter_in_model(
+        config, copy.deepcopy(skeleton), ADAPTER, low_cpu_mem_usage=True
+    )
+    base = dict(skeleton.named_parameters())
+    for name, _ in adapted.named_parameters():
+        if _before(name) not in base and not KNOWN.search(name):
+            raise ValueError(f"{name}: only lora_A and lora_B can begin here. {ELSEWHERE}")
+    return adapted
 
 
 def load_with_adapter(base: Any, source: Source, plan: Plan, comm: Comm) -> dict[str, Tensor]:

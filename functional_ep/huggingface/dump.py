@@ -41,6 +41,8 @@ def write(
     )
     module, whole = Module(model.skeleton), dict[str, Tensor]()
     adapter = adapter_of(model.skeleton)
+    if adapter is not None:
+        _refuse_trained_base(plan)
     leaves = leaves_of(module, plan, model, whole)
     tensors, files = _files(module, model, adapter, leaves, max_shard_size)
     growing = path.parent / f".{path.name}.incomplete"
@@ -68,6 +70,15 @@ def write(
         if comm.rank == 0:
             shutil.rmtree(growing, ignore_errors=True)
         raise
+
+
+def _refuse_trained_base(plan: Plan) -> None:
+    for leaf in plan.leaves:
+        if leaf.label in plan.trained and ".lora_" not in leaf.path:
+            raise ValueError(
+                f"{leaf} is trained, but only the adapter would be written: freeze the base, with "
+                "train_only(model.labels, rules, '*.lora_*')"
+            )
 
 
 def _files(

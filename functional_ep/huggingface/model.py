@@ -127,7 +127,7 @@ class Model:
 
         The batch is ``dict(input_ids, labels, attention_mask)`` as for ``lm.loss``:
         ``labels[b, s]`` is the token that follows position s, or -100 for none. (transformers
-        shifts inside; :func:`~functional_ep.huggingface.objective.next_tokens` makes these labels
+        shifts inside; :func:`functional_ep.huggingface.next_tokens` makes these labels
         of those.) Whatever else the batch holds goes to the model. Its load-balancing loss is
         added with its weight if its config asks for it (``output_router_logits``).
 

@@ -16,12 +16,12 @@ from torch import Tensor
 from functional_ep.differentiate import sum_over_ranks
 from functional_ep.huggingface.idle import standing_in, without_zeros
 from functional_ep.huggingface.replica import Replica
+from functional_ep.huggingface.shift import IGNORE
 from functional_ep.routing import count_experts
 from sharding import Comm
 
 Batch = Mapping[str, Any]
 RouterLoss = Literal["global", "micro_batch"]
-IGNORE = -100
 
 
 class Balance(NamedTuple):
@@ -30,17 +30,6 @@ class Balance(NamedTuple):
     coefficient: float
     top_k: int
     is_known: bool
-
-
-def next_tokens(labels: Tensor) -> Tensor:
-    """``labels[b, s + 1]`` at position s: transformers' labels as :meth:`Model.loss` takes them.
-
-    transformers shifts inside of the model, so its labels are the input ids.
-
-    >>> next_tokens(torch.tensor([[5, 6, 7]]))
-    tensor([[   6,    7, -100]])
-    """
-    return F.pad(labels[..., 1:], (0, 1), value=IGNORE)
 
 
 def balance_of(model: Any) -> Balance | None:
@@ -180,6 +169,11 @@ def _checked(batch: Batch) -> tuple[dict[str, Any], Tensor]:
         raise ValueError(
             f"a batch has input_ids and labels, and labels[b, s] is the token that follows "
             f"position s; found {sorted(batch)}"
+        )
+    if labels is ids:
+        raise ValueError(
+            "batch['labels'] are the input ids themselves, but here labels[b, s] is the token that "
+            "follows position s: give next_tokens(input_ids), of functional_ep.huggingface"
         )
     if labels.shape != ids.shape or labels.dim() != 2:
         raise ValueError(
