@@ -216,6 +216,24 @@ def test_numbers_are_cast_to_the_dtype_of_the_plan(
     assert again.dtype == asked and not differing(dict(again.named_parameters()), expected)
 
 
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_masters_are_written_in_the_dtype_that_is_asked_for(
+    hub: Hub, place: Path, family: str
+) -> None:
+    """bfloat16 in, float32 masters, bfloat16 out: the very directory that was read."""
+    model = hub.model(family, dtype="bfloat16")
+    plan = plan_of(model, Mesh(edp=2, ep=2), dtype=torch.float32)
+
+    def program(comm: Comm) -> None:
+        shards = load(model.skeleton, model.source, plan, comm)
+        to_huggingface(place, shards, plan, comm, model, dtype=torch.bfloat16)
+
+    simulate(program, plan.mesh)
+    file = "model.safetensors"
+    assert filecmp.cmp(place / file, model.source / file, shallow=False)
+    assert AutoModelForCausalLM.from_pretrained(place).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_names_of_the_module_are_understood_as_well(hub: Hub, family: str) -> None:
     model, comm = hub.model(family), Alone()

@@ -69,6 +69,7 @@ def to_huggingface(
     model: Described,
     *,
     max_shard_size: int | str = "50GB",
+    dtype: torch.dtype | None = None,
 ) -> None:
     """``from_pretrained(path)`` has the parameters ``plan.full(shards, comm)``: hub layout.
 
@@ -88,6 +89,7 @@ def to_huggingface(
         model: from :func:`from_huggingface`. Tokenizer and generation files are copied from a
             source that is a directory.
         max_shard_size: bytes of a file, or text such as ``"5GB"``; larger ones are split.
+        dtype: that parameters are written in; by default the one that they are held in.
 
     Raises:
         FileExistsError: ``path`` exists and is no empty directory.
@@ -112,7 +114,7 @@ def to_huggingface(
     _require_transformers()
     from functional_ep.huggingface.dump import write
 
-    write(path, shards, plan, comm, model, max_shard_size=max_shard_size)
+    write(path, shards, plan, comm, model, max_shard_size=max_shard_size, dtype=dtype)
 
 
 def _require_transformers() -> None:

@@ -20,7 +20,7 @@ from functional_ep.huggingface.lora import adapter_of, adapter_tensors
 from functional_ep.huggingface.names import Module, match, to_hub
 from functional_ep.huggingface.safetensors_file import PIECE, Stored, write_from
 from functional_ep.huggingface.source import open_source
-from functional_ep.huggingface.stream import Described, Gathering, batches_of, leaves_of
+from functional_ep.huggingface.stream import Described, Gathering, batches_of, cast, leaves_of
 from sharding import Comm, Plan
 
 
@@ -32,6 +32,7 @@ def write(
     model: Described,
     *,
     max_shard_size: int | str = "50GB",
+    dtype: torch.dtype | None = None,
 ) -> None:
     """See :func:`functional_ep.to_huggingface`."""
     path = Path(path)
@@ -41,12 +42,11 @@ def write(
     )
     module, whole = Module(model.skeleton), dict[str, Tensor]()
     adapter = adapter_of(model.skeleton)
-    if adapter is not None:
-        _refuse_trained_base(plan)
+    _refuse_trained_base(plan, adapter)
     leaves = leaves_of(module, plan, model, whole)
-    tensors, files = _files(module, model, adapter, leaves, max_shard_size)
+    dtype = dtype or held[next(iter(module.first_name))].dtype
+    tensors, files = _files(module, model, adapter, leaves, max_shard_size, dtype)
     growing = path.parent / f".{path.name}.incomplete"
-    dtype = held[next(iter(module.first_name))].dtype
 
     def prepare() -> None:
         shutil.rmtree(growing, ignore_errors=True)
@@ -72,8 +72,8 @@ def write(
         raise
 
 
-def _refuse_trained_base(plan: Plan) -> None:
-    for leaf in plan.leaves:
+def _refuse_trained_base(plan: Plan, adapter: str | None) -> None:
+    for leaf in plan.leaves if adapter else ():
         if leaf.label in plan.trained and ".lora_" not in leaf.path:
             raise ValueError(
                 f"{leaf} is trained, but only the adapter would be written: freeze the base, with "
@@ -82,14 +82,20 @@ def _refuse_trained_base(plan: Plan) -> None:
 
 
 def _files(
-    module: Module, model: Described, adapter: str | None, leaves: dict[str, Lazy], size: int | str
+    module: Module,
+    model: Described,
+    adapter: str | None,
+    leaves: dict[str, Lazy],
+    size: int | str,
+    dtype: torch.dtype,
 ) -> tuple[dict[str, Lazy], Files]:
     """What is written, and the files that it is in."""
     if adapter is None:
-        tensors = to_hub(module, leaves, _used(module, model.source))
-        return tensors, Files.split(tensors, size, "model")
-    tensors = adapter_tensors(adapter, leaves)
-    return tensors, Files.split(tensors, sys.maxsize, "adapter_model")
+        tensors, stem = to_hub(module, leaves, _used(module, model.source)), "model"
+    else:
+        tensors, stem, size = adapter_tensors(adapter, leaves), "adapter_model", sys.maxsize
+    tensors = {name: cast(x, dtype) for name, x in tensors.items()}
+    return tensors, Files.split(tensors, size, stem)
 
 
 def _nothing() -> None: ...

@@ -63,6 +63,12 @@ def leaves_of(
     return tensors
 
 
+def cast(x: Lazy, dtype: torch.dtype) -> Lazy:
+    """The same in another dtype, if it is made of leaves; buffers keep theirs."""
+    of_leaves = all(isinstance(source.fill, Later) for source in x.sources())
+    return Lazy(x.meta.to(dtype), x.fill, x.inputs) if of_leaves else x
+
+
 class Later(NamedTuple):
     """Reads a leaf of the whole ones, which has to be among them by then."""
 
