@@ -11,6 +11,7 @@ written once: an expert without rows costs nothing but its zero gradient.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from sharding.closed import closed
 from sharding.node import Node
 
-Counts = tuple[int, ...]
+ON_CUDA, ON_CPU = (torch.bfloat16,), (torch.bfloat16, torch.float32)
 
 
 def grouped_mm(x: Tensor, w: Tensor, counts: Sequence[int]) -> Tensor:
@@ -42,7 +43,7 @@ def grouped_mm(x: Tensor, w: Tensor, counts: Sequence[int]) -> Tensor:
         raise ValueError(
             f"grouped_mm: counts {tuple(counts)} for {x.shape[0]} rows and {w.shape[0]} experts"
         )
-    return _GroupedMm.apply(x, w, tuple(counts))
+    return _GroupedMm.apply(x, w, _known(counts))
 
 
 def grouped_outer(g: Tensor, x: Tensor, counts: Sequence[int]) -> Tensor:
@@ -60,25 +61,49 @@ def grouped_outer(g: Tensor, x: Tensor, counts: Sequence[int]) -> Tensor:
         raise ValueError(
             f"grouped_outer: counts {tuple(counts)} for {g.shape[0]} and {x.shape[0]} rows"
         )
-    return _GroupedOuter.apply(g, x, tuple(counts))
+    return _GroupedOuter.apply(g, x, _known(counts))
 
 
-def _offsets(counts: Counts, device: torch.device) -> Tensor:
-    return torch.tensor(counts, device=device).cumsum(0).to(torch.int32)
+class Counts(tuple[int, ...]):
+    """Rows per expert, and where each expert's rows end, worked out once for all products.
+
+    >>> Counts([1, 2]).ends(torch.device("cpu"))
+    tensor([1, 3], dtype=torch.int32)
+    """
+
+    found: Tensor | None = None
+
+    def ends(self, device: torch.device) -> Tensor:
+        if self.found is None or self.found.device != device:
+            self.found = torch.tensor(list(accumulate(self)), dtype=torch.int32, device=device)
+        return self.found
 
 
-def _has_kernel(x: Tensor, columns: int) -> bool:
-    """Whether torch's grouped kernel takes this; on CPU it is no faster than a loop."""
-    aligned = x.shape[1] % 8 == 0 and columns % 8 == 0
-    return x.is_cuda and x.dtype == torch.bfloat16 and aligned and x.shape[0] > 0
+def _known(counts: Sequence[int]) -> Counts:
+    return counts if isinstance(counts, Counts) else Counts(counts)
+
+
+def _has_kernel(a: Tensor, b: Tensor) -> bool:
+    """Whether torch's grouped kernel takes these; on CPU it is a loop as well, in less Python."""
+    dtypes = ON_CUDA if a.is_cuda else ON_CPU
+    return a.dtype in dtypes and _is_aligned(a) and _is_aligned(b)
+
+
+def _is_aligned(x: Tensor) -> bool:
+    """Whether rows, or columns, are contiguous and begin at multiples of 16 bytes."""
+    size, (down, across) = x.shape[-1], x.stride()[-2:]
+    if across != 1:
+        size, down, across = x.shape[-2], across, down
+    whole = across == 1 and down >= size > 0 and x.shape[0] > 0
+    return whole and not (down * x.itemsize % 16 or x.data_ptr() % 16)
 
 
 class _GroupedMm(Node):
     @staticmethod
     def forward(x: Tensor, w: Tensor, counts: Counts) -> Tensor:
-        if _has_kernel(x, w.shape[1]):
-            offsets = _offsets(counts, x.device)
-            return torch.nn.functional.grouped_mm(x.contiguous(), w.mT, offs=offsets)
+        x = x.contiguous()
+        if _has_kernel(x, w):
+            return torch.nn.functional.grouped_mm(x, w.mT, offs=counts.ends(x.device))
         y = x.new_empty(x.shape[0], w.shape[1])
         xs, ys = x.split_with_sizes(counts), y.split_with_sizes(counts)
         for rows, x_e, w_e, y_e in zip(counts, xs, w.mT.unbind(), ys, strict=True):
@@ -112,23 +137,23 @@ class _GroupedMm(Node):
         lanes, (dx, dw, _) = info.batch_size, in_dims
         if dw is None:  # more rows of each expert
             x = x.movedim(dx, 1)
-            y = _GroupedMm.apply(x.flatten(0, 1), w, tuple(c * lanes for c in counts))
+            y = _GroupedMm.apply(x.flatten(0, 1), w, Counts(c * lanes for c in counts))
             return y.unflatten(0, (x.shape[0], lanes)), 1
         w = w.movedim(dw, 1)  # e, lanes, O, I
         if dx is None:  # more columns
             y = _GroupedMm.apply(x, w.flatten(1, 2), counts)
             return y.unflatten(1, (lanes, w.shape[2])), 1
         x, w = x.movedim(dx, 0), w.transpose(0, 1)  # more experts
-        y = _GroupedMm.apply(x.flatten(0, 1), w.flatten(0, 1), counts * lanes)
+        y = _GroupedMm.apply(x.flatten(0, 1), w.flatten(0, 1), Counts(counts * lanes))
         return y.unflatten(0, (lanes, x.shape[1])), 0
 
 
 class _GroupedOuter(Node):
     @staticmethod
     def forward(g: Tensor, x: Tensor, counts: Counts) -> Tensor:
-        if _has_kernel(x, g.shape[1]):
-            offsets = _offsets(counts, x.device)
-            return torch.nn.functional.grouped_mm(g.contiguous().t(), x.contiguous(), offs=offsets)
+        g, x = g.contiguous(), x.contiguous()
+        if _has_kernel(g, x):
+            return torch.nn.functional.grouped_mm(g.t(), x, offs=counts.ends(x.device))
         o = x.new_empty(len(counts), g.shape[1], x.shape[1])
         gs, xs = g.split_with_sizes(counts), x.split_with_sizes(counts)
         for rows, g_e, x_e, o_e in zip(counts, gs, xs, o.unbind(), strict=True):
@@ -171,7 +196,7 @@ class _GroupedOuter(Node):
             o = _GroupedOuter.apply(g, x.flatten(1), counts)
             return o.unflatten(2, (lanes, x.shape[2])), 2
         g, x = g.movedim(dg, 0), x.movedim(dx, 0)  # more experts
-        o = _GroupedOuter.apply(g.flatten(0, 1), x.flatten(0, 1), counts * lanes)
+        o = _GroupedOuter.apply(g.flatten(0, 1), x.flatten(0, 1), Counts(counts * lanes))
         return o.unflatten(0, (lanes, len(counts))), 0
 
 

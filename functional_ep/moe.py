@@ -18,7 +18,7 @@ from sharding.collectives import all_to_all
 from sharding.comm import Comm
 from sharding.mesh import Axes
 
-from .grouped import grouped_mm
+from .grouped import Counts, grouped_mm
 from .permute import Order, collect, sort_order, spread
 from .routing import Routing, count_experts
 from .swiglu import swiglu
@@ -28,7 +28,7 @@ class Dispatched(NamedTuple):
     """Rows at the experts that they chose, and the way back."""
 
     rows_RD: Tensor  # sorted by local expert
-    counts_e: tuple[int, ...]  # how many of them belong to each local expert
+    counts_e: Counts  # how many of them belong to each local expert
     by_expert: Order  # this rank's T K choices, sorted by global expert
     on_arrival: Order | None  # received rows, sorted by local expert; None: they came in order
     sent: tuple[int, ...]  # rows to each rank of the expert axes
@@ -63,7 +63,7 @@ def dispatch(x_TD: Tensor, ids_TK: Tensor, experts: int, axes: Axes, comm: Comm)
     by_expert = sort_order(ids_TK.reshape(-1))
     rows = spread(x_TD, by_expert, ids_TK.shape[-1])
     if ranks == 1:
-        return Dispatched(rows, tuple(counts_E.tolist()), by_expert, None, (), ())
+        return Dispatched(rows, Counts(counts_E.tolist()), by_expert, None, (), ())
     local = experts // ranks
     even = (local,) * ranks
     (arriving,) = comm.all_to_all([counts_E], axes, even, even)
@@ -76,7 +76,8 @@ def dispatch(x_TD: Tensor, ids_TK: Tensor, experts: int, axes: Axes, comm: Comm)
     rows = all_to_all(rows, axes, comm, sent, received)
     local_ids = torch.arange(local, device=rows.device).repeat(ranks)
     on_arrival = sort_order(torch.repeat_interleave(local_ids, arriving, output_size=sum(received)))
-    return Dispatched(spread(rows, on_arrival), counts_e, by_expert, on_arrival, sent, received)
+    counts = Counts(counts_e)
+    return Dispatched(spread(rows, on_arrival), counts, by_expert, on_arrival, sent, received)
 
 
 def expert_ffn(gate_up: Tensor, down: Tensor, rows_RD: Tensor, counts_e: tuple[int, ...]) -> Tensor:

@@ -31,9 +31,8 @@ def sort_order(keys: Tensor) -> Order:
     tensor([1, 0, 2])
     """
     order = torch.argsort(keys, stable=True)
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.numel(), device=order.device)
-    return Order(order, inverse)
+    numbers = torch.arange(order.numel(), device=order.device)
+    return Order(order, torch.empty_like(order).scatter_(0, order, numbers))
 
 
 def spread(x: Tensor, by: Order, choices: int = 1) -> Tensor:

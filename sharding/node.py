@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch._C._functorch as _functorch
 from torch._functorch.autograd_function import custom_function_call
+from torch.autograd import forward_ad
 
 
 class Node(torch.autograd.Function):
@@ -34,6 +35,15 @@ class Node(torch.autograd.Function):
         if torch._C._are_functorch_transforms_active():
             return custom_function_call(cls, *args)  # pyright: ignore[reportCallIssue]
         alive = _functorch.unwrap_if_dead
-        args = tuple(alive(x) if isinstance(x, torch.Tensor) else x for x in args)
+        args = tuple([alive(x) if isinstance(x, torch.Tensor) else x for x in args])
+        if not torch.is_grad_enabled() and not _have_tangents(args):
+            return cls.forward(*args)  # nothing is recorded: in most backward passes
         plain: Any = super(torch.autograd.Function, cls)
         return plain.apply(*args)
+
+
+def _have_tangents(args: tuple[Any, ...]) -> bool:
+    if forward_ad._current_level < 0:
+        return False
+    tensors = (x for x in args if isinstance(x, torch.Tensor))
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)

@@ -64,7 +64,11 @@ def _chain(
     shards: Sequence[Any],
     args: tuple[Any, ...],
 ) -> Any:
-    with Walk(units, shards) as walk:
+    if len(shards) != len(units):
+        raise ValueError(f"{len(units)} units, but shards for {len(shards)}")
+    pairs = zip(units, shards, strict=True)
+    leaves = [unit.plan.check_shards(each, unit.comm) for unit, each in pairs]
+    with Walk(units, leaves) as walk:
         for i, f in enumerate(functions):
             args = (walk.visit(i, f, *args), *args[1:])
     return args[0]

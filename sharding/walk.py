@@ -42,7 +42,12 @@ class Unit:
         plan.check_mesh(comm)
         self.plan, self.comm, self.backward = plan, comm, backward
         self.travelling = [i for i, w in enumerate(plan.layouts) if not w.is_local]
-        self.local = [(i, w.view_shape) for i, w in enumerate(plan.layouts) if w.is_local]
+        # Of these only what has another shape than its shard takes a view.
+        self.local = [
+            (i, w.view_shape)
+            for i, w in enumerate(plan.layouts)
+            if w.is_local and w.view_shape != (w.shard_size,)
+        ]
         self.frozen = [i for i, w in enumerate(plan.layouts) if w.frozen]
         self.gather = self._gather_of(self.travelling)
         # Apart from each other: what is differentiated, and what is a constant.
@@ -53,11 +58,10 @@ class Unit:
     def _gather_of(self, positions: list[int]) -> Gather:
         return Gather(tuple(self.plan.layouts[i] for i in positions))
 
-    def fetch(self, shards: Any) -> _Pending:
-        """Check the shards and start gathering them."""
-        leaves = self.plan.check_shards(shards, self.comm)
-        for i in self.frozen:
-            leaves[i] = leaves[i].detach()
+    def fetch(self, leaves: list[Tensor]) -> _Pending:
+        """Start gathering shards that have been checked."""
+        if self.frozen:
+            leaves = [x.detach() if i in self.frozen else x for i, x in enumerate(leaves)]
         tickets = [
             start(gather, [leaves[i] for i in part], self.comm) for part, gather in self.parts
         ]
@@ -102,7 +106,7 @@ class Walk:
 
     Args:
         units: the parts, in the order in which they are likely to be visited.
-        shards: a tree of shards for each of them.
+        shards: for each of them its leaves, as ``plan.check_shards`` returns them.
 
     >>> from sharding import Mesh, make_plan, simulate, zero3
     >>> params = {"a": torch.ones(2), "b": torch.ones(2)}
@@ -111,13 +115,13 @@ class Walk:
     >>> def program(comm):
     ...     units = [Unit(plan["a"], comm), Unit(plan["b"], comm)]
     ...     shards = plan.shard(params, comm)
-    ...     with Walk(units, [shards["a"], shards["b"]]) as walk:
+    ...     with Walk(units, [[shards["a"]], [shards["b"]]]) as walk:
     ...         return walk.visit(1, lambda b, x: (b * x).sum(), 3.0)
     >>> simulate(program, plan.mesh)
     [tensor(6.), tensor(6.)]
     """
 
-    def __init__(self, units: Sequence[Unit], shards: Sequence[Any]) -> None:
+    def __init__(self, units: Sequence[Unit], shards: Sequence[list[Tensor]]) -> None:
         if len(shards) != len(units):
             raise ValueError(f"{len(units)} units, but shards for {len(shards)}")
         self.units, self.shards = units, shards

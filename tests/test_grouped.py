@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from kernel_cases import check_closed, mapped
 from moe_cases import assert_each_close, normal
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -85,6 +86,44 @@ def test_grouped_outer_is_closed_under_every_transform(case: Groups) -> None:
         lambda xs: [dense_outer(xs[0], xs[1], case)],
         [case.rows(case.out, 1), case.rows(case.wide, 2)],
     )
+
+
+@st.composite
+def kernel_groups(draw: st.DrawFn) -> Groups:
+    """Rows that begin at multiples of 16 bytes, and some that do not."""
+    counts = draw(st.lists(st.integers(0, 3), min_size=1, max_size=4).map(tuple))
+    wide, out = (draw(st.sampled_from([4, 6, 8, 16])) for _ in range(2))
+    return Groups(counts, wide, out, draw(seeds()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@given(kernel_groups(), st.booleans(), st.integers(0, 1))
+def test_the_grouped_kernel_is_one_product_per_expert(
+    dtype: torch.dtype, case: Groups, is_transposed: bool, start: int
+) -> None:
+    """Whatever the layout: rows in the middle of others, matrices stored the other way round."""
+    x, g, w = (
+        torch.nn.functional.pad(t.to(dtype), (start, 0))[..., start:]
+        for t in (case.rows(case.wide, 1), case.rows(case.out, 2), case.weights())
+    )
+    if is_transposed:
+        w = w.mT.contiguous().mT
+    xs, gs = x.split(case.counts), g.split(case.counts)
+    products = [x_e @ w_e.T for x_e, w_e in zip(xs, w, strict=True)]
+    outers = [g_e.T @ x_e for g_e, x_e in zip(gs, xs, strict=True)]
+    found = grouped_mm(x, w, case.counts), grouped_outer(g, x, case.counts)
+    eps = torch.finfo(dtype).eps
+    for y, right in zip(found, (torch.cat(products), torch.stack(outers)), strict=True):
+        torch.testing.assert_close(y, right, rtol=2 * eps, atol=8 * eps)
+
+
+def test_tangents_pass_where_no_gradient_is_recorded() -> None:
+    case = Groups((2, 1), 2, 3, 0)
+    x, dx, w = case.rows(2, 1), case.rows(2, 2), case.weights()
+    with forward_ad.dual_level(), torch.no_grad():
+        y = forward_ad.unpack_dual(grouped_mm(forward_ad.make_dual(x, dx), w, case.counts))
+        assert y.tangent is not None
+        assert torch.equal(y.tangent, grouped_mm(dx, w, case.counts))
 
 
 DIMS = [dims for dims in itertools.product([None, 0, 1, -1], repeat=2) if dims != (None, None)]

@@ -149,15 +149,22 @@ class Objective:
     def _tokens_per_expert(self, mask: Tensor | None) -> dict[str, Tensor]:
         """``(L, E)`` choices of tokens that are not padding; layers with fewer experts end in 0."""
         chosen = self.replica.chosen
+        if not chosen:
+            return {}
         widths = [self.replica.experts[path] for path in chosen]
+        width = max(widths)
+        valid = None if mask is None else mask.reshape(-1).bool()
         rows: list[Tensor] = []
-        for ids, experts in zip(chosen.values(), widths, strict=True):
-            valid = None if mask is None else mask.reshape(-1).bool()
+        for ids in chosen.values():
             if valid is not None and len(valid) == len(ids):
-                ids = torch.where(valid[:, None], ids, experts)
-            counts = count_experts(ids, experts + 1)[:-1]
-            rows.append(F.pad(counts, (0, max(widths) - experts)))
-        return {"tokens_per_expert": torch.stack(rows)} if rows else {}
+                ids = torch.where(valid[:, None], ids, width)
+            rows.append(ids.reshape(-1))
+        # Of all layers at once: choices of layer l are counted as l (E + 1) further on.
+        places = torch.arange(len(rows), device=rows[0].device) * (width + 1)
+        sizes = torch.tensor([len(ids) for ids in rows], device=rows[0].device)
+        shifts = places.repeat_interleave(sizes, output_size=sum(map(len, rows)))
+        counts = count_experts(torch.cat(rows) + shifts, len(rows) * (width + 1))
+        return {"tokens_per_expert": counts.view(len(rows), width + 1)[:, :-1]}
 
 
 def _checked(batch: Batch) -> tuple[dict[str, Any], Tensor]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,16 +41,17 @@ class Replica:
         self.model: Any = copy.deepcopy(skeleton).train(training)
         self.plan, self.comm, self.backward = plan, comm, backward
         self.parts = parts(self.model)
+        self.leaves = [part.leaves for part in self.parts]
         self.units = [
-            Unit(plan.at([plan.tree[leaf] for leaf in part.leaves]), comm, backward)
-            for part in self.parts
+            Unit(plan.at([plan.tree[leaf] for leaf in leaves]), comm, backward)
+            for leaves in self.leaves
         ]
         self.bound: set[int] = set()  # parts whose parameters are views now
         self.inside = False  # a part that is computed again in the backward pass
         self.walk: Walk | None = None
         self.chosen: dict[str, Tensor] = {}
         self.device = torch.device("meta")
-        self.slots = [self._take_over(i, part) for i, part in enumerate(self.parts)]
+        self.owners = [self._take_over(i, part) for i, part in enumerate(self.parts)]
         self.experts = {path: self._place_experts(path, kind) for path, kind in routed.items()}
         for module in self.model.modules():
             symmetric = SYMMETRIC.get(type(module).__name__)
@@ -70,9 +70,9 @@ class Replica:
             inputs.get("use_cache") or "past_key_values" in inputs
         ):
             raise ValueError("a cache would be written to twice under backward='recompute'")
-        leaves = self.plan.flatten(shards, "shards")
-        self._move_to(leaves[0].device)
-        each = [[shards[leaf] for leaf in part.leaves] for part in self.parts]
+        whole = self.plan.check_shards(shards, self.comm)
+        self._move_to(whole[0].device)
+        each = [[shards[leaf] for leaf in leaves] for leaves in self.leaves]
         self.chosen = {}
         try:
             with Walk(self.units, each) as self.walk:
@@ -80,24 +80,21 @@ class Replica:
         finally:
             self.walk = None
             for i in tuple(self.bound):
-                self._bind(i, self.empty[i])
+                self._unbind(i)
 
     # -- parameters --------------------------------------------------------------------------------
 
-    def _take_over(self, i: int, part: Part) -> list[tuple[_Parameters, str, int]]:
+    def _take_over(self, i: int, part: Part) -> list[_Owner]:
         """Whose parameters, by what name, are which view of the part."""
-        for module in dict.fromkeys(slot.module for slot in part.slots):
-            module.__dict__["_parameters"] = _Parameters(module._parameters, i, self._read)
         forward = part.module.forward
 
         def visit(*args: Any, **kwargs: Any) -> Any:
             return self._visit(i, forward, args, kwargs)
 
         part.module.forward = visit
-        leaves: Any = part.leaves
         return [
-            (s.module.__dict__["_parameters"], s.attribute, leaves.index(s.leaf))
-            for s in part.slots
+            _Owner.of(module, part, self.leaves[i], lambda: self._read(i))
+            for module in dict.fromkeys(slot.module for slot in part.slots)
         ]
 
     def _visit(self, i: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -112,26 +109,26 @@ class Replica:
 
     def _bound_call(self, i: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def compute(views: Sequence[Tensor], args: Any, kwargs: Any) -> Any:
-            with self._with_views(i, views):
+            before = self.inside
+            self.inside = self.backward == "recompute"
+            self._bind(i, views)
+            try:
                 return forward(*args, **kwargs)
+            finally:
+                self._unbind(i)
+                self.inside = before
 
         return compute
 
-    @contextmanager
-    def _with_views(self, i: int, views: Sequence[Tensor]) -> Iterator[None]:
-        before = self.inside
-        self.inside = self.backward == "recompute"
-        self._bind(i, views)
-        try:
-            yield
-        finally:
-            self._bind(i, self.empty[i])
-            self.inside = before
+    def _bind(self, i: int, views: Sequence[Tensor]) -> None:
+        self.bound.add(i)
+        for owner in self.owners[i]:
+            owner.bind(views)
 
-    def _bind(self, i: int, values: Sequence[Any]) -> None:
-        (self.bound.discard if values is self.empty[i] else self.bound.add)(i)
-        for parameters, name, place in self.slots[i]:
-            parameters[name] = values[place]
+    def _unbind(self, i: int) -> None:
+        self.bound.discard(i)
+        for owner in self.owners[i]:
+            owner.unbind()
 
     def _read(self, i: int) -> None:
         """Gather a part that is read outside of its call; it stays until the model returns."""
@@ -155,12 +152,11 @@ class Replica:
         for module in self.model.modules():
             for name, value in module._buffers.items():
                 module._buffers[name] = None if value is None else value.to(device)
-        self.empty = [
-            [_stand_in(w.shape, w.compute_dtype, device) for w in unit.plan.layouts]
-            for unit in self.units
-        ]
-        for i, empty in enumerate(self.empty):
-            self._bind(i, empty)
+        for unit, owners in zip(self.units, self.owners, strict=True):
+            layouts = unit.plan.layouts
+            absent = [_stand_in(w.shape, w.compute_dtype, device) for w in layouts]
+            for owner in owners:
+                owner.absent.update(owner.values(absent))
 
     # -- experts -----------------------------------------------------------------------------------
 
@@ -191,19 +187,48 @@ def expert_axes(plan: Plan, leaves: Sequence[str]) -> Axes:
     return found[leaves[0]]
 
 
-class _Parameters(dict[str, Any]):
-    """A module's parameters; reading one that is not there has its part gathered."""
+class _Owner(NamedTuple):
+    """A module that owns parameters: it has a plain dict of views, or one that has them gathered.
 
-    def __init__(self, values: Mapping[str, Any], part: int, read: Callable[[int], None]) -> None:
-        super().__init__(values)
-        self.part, self.read = part, read
+    So that reading a parameter, which layers do all the time, costs what it costs in any module.
+    """
+
+    module: nn.Module
+    places: tuple[tuple[str, int | None], ...]  # which view of the part; none: a bias that is None
+    absent: _Absent
+
+    @classmethod
+    def of(
+        cls, module: nn.Module, part: Part, leaves: Sequence[str], read: Callable[[], None]
+    ) -> _Owner:
+        views = {s.attribute: leaves.index(s.leaf) for s in part.slots if s.module is module}
+        places = tuple((name, views.get(name)) for name in module._parameters)
+        owner = cls(module, places, _Absent(module, read))
+        owner.unbind()
+        return owner
+
+    def values(self, views: Sequence[Tensor]) -> dict[str, Any]:
+        """The module's parameters, made of the part's views."""
+        return {name: None if i is None else views[i] for name, i in self.places}
+
+    def bind(self, views: Sequence[Tensor]) -> None:
+        self.module.__dict__["_parameters"] = self.values(views)
+
+    def unbind(self) -> None:
+        self.module.__dict__["_parameters"] = self.absent
+
+
+class _Absent(dict[str, Any]):
+    """A module's parameters while they are not there; reading one has its part gathered."""
+
+    def __init__(self, module: nn.Module, read: Callable[[], None]) -> None:
+        super().__init__(module._parameters)
+        self.module, self.read = module, read
 
     def __getitem__(self, name: str) -> Any:
-        value = super().__getitem__(name)
-        if type(value) is nn.Parameter:  # isinstance takes a microsecond here
-            self.read(self.part)
-            return super().__getitem__(name)
-        return value
+        self.read()
+        now: Any = self.module._parameters
+        return super().__getitem__(name) if now is self else now[name]
 
 
 def _stand_in(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> nn.Parameter:
