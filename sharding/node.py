@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias, cast
 
 import torch
 import torch._C._functorch as _functorch
 from torch._functorch.autograd_function import custom_function_call
 from torch.autograd import forward_ad
+
+Unpack: TypeAlias = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor | None]]
 
 
 class Node(torch.autograd.Function):
@@ -43,7 +46,7 @@ class Node(torch.autograd.Function):
 
 
 def _have_tangents(args: tuple[Any, ...]) -> bool:
-    if forward_ad._current_level < 0:
+    level, unpack = forward_ad._current_level, cast("Unpack", torch._unpack_dual)
+    if level < 0:
         return False
-    tensors = (x for x in args if isinstance(x, torch.Tensor))
-    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+    return any(unpack(x, level)[1] is not None for x in args if isinstance(x, torch.Tensor))

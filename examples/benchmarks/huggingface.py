@@ -1,6 +1,6 @@
 """CPU time of a converted model over the plain one: one rank, a tiny model of many layers.
 
-    OMP_NUM_THREADS=1 python examples/benchmarks/huggingface.py
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 1 examples/benchmarks/huggingface.py
 
 Forward and backward of the same batch, in turn. The plain model computes its experts eagerly, with
 transformers' grouped_mm, and with the functions that the converted one uses (``same``): the last
@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 
 from functional_ep import from_huggingface
 from functional_ep.huggingface.experts import Place, decorated
-from sharding import Comm, Mesh, expert_parallel, make_plan, simulate, zero3
+from sharding import Comm, Mesh, distributed, expert_parallel, make_plan, zero3
 
 RULES = {"dense": zero3("edp", "ep"), "expert": expert_parallel("ep", store=("edp",))}
 
@@ -90,17 +90,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40, help="timed steps of each kind")
     args = parser.parse_args()
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, {args}")
-    for experts in ("eager", "grouped_mm", "same"):
-        seconds, times = simulate(
-            lambda comm, experts=experts: ratios(experts, args.layers, args.steps, comm),
-            Mesh(edp=1, ep=1),
-        )[0]
-        quarter = len(times) // 4
-        print(
-            f"{experts}: plain {statistics.median(seconds) * 1e3:.1f} ms, converted "
-            f"{statistics.median(times):.3f} times that (quartiles {times[quarter]:.3f} to "
-            f"{times[-quarter - 1]:.3f}, {args.steps} steps)"
-        )
+    with distributed(Mesh(edp=1, ep=1), device="cpu") as comm:
+        for experts in ("eager", "grouped_mm", "same"):
+            report(experts, *ratios(experts, args.layers, args.steps, comm))
+
+
+def report(experts: str, seconds: list[float], times: list[float]) -> None:
+    quarter = len(times) // 4
+    print(
+        f"{experts}: plain {statistics.median(seconds) * 1e3:.1f} ms, converted "
+        f"{statistics.median(times):.3f} times that (quartiles {times[quarter]:.3f} to "
+        f"{times[-quarter - 1]:.3f}, {len(times)} steps)"
+    )
 
 
 if __name__ == "__main__":
