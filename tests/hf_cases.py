@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -48,7 +49,10 @@ def batch_of(model: Any, seed: int = 0, sequences: int = SEQUENCES) -> dict[str,
     follows = F.pad(ids[:, 1:], (0, 1), value=-100)
     follows_mask = F.pad(mask[:, 1:], (0, 1))
     labels = torch.where(follows_mask.bool(), follows, -100)
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    if model.config.is_encoder_decoder:
+        batch["decoder_input_ids"] = ids.flip(0)
+    return batch
 
 
 def part_of(batch: Mapping[str, Tensor], mesh: Mesh, rank: int) -> dict[str, Tensor]:
@@ -68,7 +72,16 @@ def reference(model: Any, batch: Mapping[str, Tensor]) -> Result:
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     names, parameters = zip(*trained, strict=True)
     grads = torch.autograd.grad(loss, parameters, materialize_grads=True)
-    return Result(loss.detach(), outputs.logits.detach(), dict(zip(names, grads, strict=True)))
+    by_name = stacked(dict(zip(names, grads, strict=True)))
+    return Result(loss.detach(), outputs.logits.detach(), by_name)
+
+
+def stacked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of experts that are modules of their own as stacks, by the names of a conversion."""
+    apart: dict[str, list[Tensor]] = {}
+    for name, x in tensors.items():
+        apart.setdefault(re.sub(r"\.expert_\d+", "", name), []).append(x)
+    return {name: xs[0] if name in tensors else torch.stack(xs) for name, xs in apart.items()}
 
 
 def plan_of(model: Model, mesh: Mesh) -> Plan:

@@ -206,7 +206,16 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             "mlp_layer_types": ["dense", "sparse"],
         }
     },
-    "switch_transformers": {"d_model": 32, "d_ff": 24, "d_kv": 8, "num_heads": 4},
+    "switch_transformers": {
+        "d_model": 32,
+        "d_ff": 24,
+        "d_kv": 8,
+        "num_heads": 4,
+        "num_decoder_layers": 2,
+        "num_sparse_encoder_layers": 1,
+        "num_sparse_decoder_layers": 1,
+        "expert_capacity": 2,  # of a sequence: some of its tokens find no place
+    },
     "unlimited_ocr": {"text_config": {"num_key_value_heads": 4, "sliding_window": 4}},
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 8},
 }
@@ -222,7 +231,7 @@ inkling_text inkling2 inkling2_text jamba jetmoe kimi_linear kolibri1 laguna lfm
 llama4_text longcat_flash mellum mimo_v2_flash minimax minimax_m2 minimax_m3_vl minimax_m3_vl_text
 mistral4 mistral_large4 mixtral muse_spark nemotron_h olmoe phimoe qwen2_moe qwen3_5_moe
 qwen3_5_moe_text qwen3_moe qwen3_next qwen3_omni_moe_thinker qwen3_vl_moe qwen4_exp qwen4_exp_text
-solar_open step3p7 unlimited_ocr zaya
+solar_open step3p7 switch_transformers unlimited_ocr zaya
 """
 CONVERTED = tuple(NAMES.split())
 

@@ -81,16 +81,18 @@ functional_ep.huggingface.moves   <-
 functional_ep.huggingface.lazy    <- huggingface.moves
 functional_ep.huggingface.safetensors_file <- huggingface.moves
 functional_ep.huggingface.source  <- huggingface.lazy huggingface.moves huggingface.safetensors_file
-functional_ep.huggingface.names   <- huggingface.lazy
+functional_ep.huggingface.stacks  <-
+functional_ep.huggingface.names   <- huggingface.lazy huggingface.stacks
 functional_ep.huggingface.convert <- huggingface.lazy huggingface.names huggingface.source
 functional_ep.huggingface.load    <- huggingface.convert huggingface.lazy huggingface.names
                                      huggingface.source sharding
 functional_ep.huggingface.parts   <-
 functional_ep.huggingface.experts <- grouped moe sharding.comm sharding.mesh
-functional_ep.huggingface.adapters <- grouped huggingface.experts
+functional_ep.huggingface.adapters <- grouped huggingface.experts huggingface.stacks
 functional_ep.huggingface.lora    <- grouped huggingface.experts huggingface.lazy
 functional_ep.huggingface.adapted <- huggingface.load huggingface.source sharding
 functional_ep.huggingface.detect  <- huggingface.adapters huggingface.experts huggingface.lora
+                                     huggingface.stacks
 functional_ep.huggingface.files   <- huggingface.lazy huggingface.names
                                      huggingface.safetensors_file huggingface.source
 functional_ep.huggingface.companions <-
@@ -110,7 +112,7 @@ functional_ep.huggingface.objective <- differentiate routing huggingface.idle hu
 functional_ep.huggingface.model   <- huggingface.adapted huggingface.detect
                                      huggingface.experts huggingface.load
                                      huggingface.objective huggingface.replica
-                                     huggingface.skeleton sharding sharding.walk
+                                     huggingface.skeleton huggingface.stacks sharding sharding.walk
 functional_ep.huggingface         <- huggingface.dump huggingface.model huggingface.shift
                                      huggingface.stream sharding
 functional_ep.__init__      <- huggingface labels lm optim schedules state train_step sharding

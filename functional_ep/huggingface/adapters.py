@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from functional_ep.grouped import grouped_mm
 from functional_ep.huggingface.experts import Kind, Place, own_forward
+from functional_ep.huggingface.stacks import Stack, count_modules, stacked_names
 
 
 def _called(name: str) -> Callable[[nn.Module], bool]:
@@ -79,6 +80,24 @@ def _longcat(module: Any, place: Place) -> Callable[..., Tensor]:
     return forward
 
 
+def _switch(module: Any, place: Place) -> Callable[..., Tensor]:
+    """One expert per token, or none: its own sequence may have filled the expert before it."""
+
+    def local(rows_RD: Tensor, counts_e: tuple[int, ...]) -> Tensor:
+        h = module.dropout(module.act(grouped_mm(rows_RD, module.wi.weight, counts_e)))
+        return grouped_mm(h.to(module.wo.weight.dtype), module.wo.weight, counts_e)
+
+    def forward(hidden_states: Tensor, selected_experts: Tensor, routing_weights: Tensor) -> Tensor:
+        is_kept, ids_T = selected_experts[:, 0].max(-1)
+        place.chosen(torch.where(is_kept.bool(), ids_T, place.experts)[:, None])
+        (token,) = torch.where(is_kept)
+        rows = place.visit(hidden_states[token], ids_T[token][:, None], local)[:, 0]
+        rows = (rows * routing_weights[token]).to(hidden_states.dtype)
+        return torch.zeros_like(hidden_states).index_put((token,), rows)
+
+    return forward
+
+
 ADAPTERS: tuple[Kind, ...] = (
     Kind(
         "dbrx",
@@ -107,6 +126,13 @@ ADAPTERS: tuple[Kind, ...] = (
         lambda module: ("down_proj",),
         lambda module: int(module.num_routed_experts),
         _longcat,
+    ),
+    Kind(
+        "switch_transformers",
+        lambda module: isinstance(module, Stack),
+        stacked_names,
+        count_modules,
+        _switch,
     ),
 )
 
@@ -139,16 +165,30 @@ def _ernie_vl(module: Any) -> Callable[..., tuple[Tensor, Tensor]]:
     return forward
 
 
-# Blocks that call their experts on some ranks and not on others.
-SYMMETRIC: dict[str, Callable[[Any], Callable[..., Any]]] = {"Ernie4_5_VLMoeMoeBlock": _ernie_vl}
+def _switch_router(module: Any) -> Callable[..., Any]:
+    """It computes in its own dtype; its parameters keep theirs, which it would cast in place."""
+    classifier = module.classifier
+    classifier.to = lambda dtype: classifier
+
+    def project(x: Tensor) -> Tensor:
+        bias = None if classifier.bias is None else classifier.bias.to(x.dtype)
+        return torch.nn.functional.linear(x, classifier.weight.to(x.dtype), bias)
+
+    classifier.forward = project
+    return module.forward
+
+
+# Blocks that call their experts on some ranks and not on others, or change their own parameters.
+BLOCKS: dict[str, Callable[[Any], Callable[..., Any]]] = {
+    "Ernie4_5_VLMoeMoeBlock": _ernie_vl,
+    "SwitchTransformersTop1Router": _switch_router,
+}
 
 REFUSED = {
     "DogeCDMoE": "its router mixes the logits of different tokens, so that a token's output "
     "depends on which others are on its rank",
-    "NllbMoeExperts": "its experts are modules of their own, not stacked tensors with a dim that "
-    "could be split; and their capacity counts the tokens of the whole batch",
-    "SwitchTransformersExperts": "its experts are modules of their own, not stacked tensors with a "
-    "dim that could be split",
+    "NllbMoeExperts": "its capacity counts the tokens of the whole batch, so that a token's output "
+    "depends on which others are on its rank",
 }
 
 

@@ -101,8 +101,9 @@ def _check_numbers(target: str, ones: list[Given]) -> None:
     parts = list(zip(*(one.name.split(".") for one in ones), strict=False))
     numbers = next((part for part in parts if len(set(part)) == len(part) > 1), ())
     for i, number in enumerate(numbers):
-        if number.isdigit() and int(number) != i:
-            lost = ".".join(str(i) if part is numbers else part[i] for part in parts)
+        word = number.rstrip("0123456789")
+        if number != word and int(number.removeprefix(word)) != i:
+            lost = ".".join(f"{word}{i}" if part is numbers else part[i] for part in parts)
             raise ValueError(f"{lost} is missing from {ones[i].where}; {target} is made of it")
 
 

@@ -7,13 +7,15 @@ from torch import nn
 from functional_ep.huggingface.adapters import ADAPTERS, refusal
 from functional_ep.huggingface.experts import DECORATED, UNDECORATED, Kind
 from functional_ep.huggingface.lora import LORA, refused_adapter
+from functional_ep.huggingface.stacks import are_apart
 
 KINDS = (*ADAPTERS, LORA, DECORATED, UNDECORATED)
 
 
 def is_routed(module: nn.Module) -> bool:
     """Whether a module holds routed experts, convertible or not."""
-    return refusal(module) is not None or any(kind.matches(module) for kind in KINDS)
+    convertible = are_apart(module) or any(kind.matches(module) for kind in KINDS)
+    return convertible or refusal(module) is not None
 
 
 def find_routed(model: nn.Module) -> dict[str, Kind]:

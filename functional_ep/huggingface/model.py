@@ -19,6 +19,7 @@ from functional_ep.huggingface.load import load, load_buffers
 from functional_ep.huggingface.objective import Loss, Objective, RouterLoss, balance_of
 from functional_ep.huggingface.replica import Replica
 from functional_ep.huggingface.skeleton import read_config, skeleton_from, skeleton_of, true_buffers
+from functional_ep.huggingface.stacks import stack_experts
 from sharding import Comm, Plan
 from sharding.walk import Backward
 
@@ -175,6 +176,7 @@ def convert(source: Any, dtype: torch.dtype | None = None, adapter: Any = None) 
             f"not a {kind}{hint}"
         )
     buffers = true_buffers(skeleton)
+    stack_experts(skeleton)
     base = None if adapter is None else skeleton
     if base is not None:
         skeleton = with_adapter(base, adapter)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    PrefixChange,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -18,6 +19,7 @@ from transformers.core_model_loading import (
 )
 
 from functional_ep.huggingface.lazy import Lazy
+from functional_ep.huggingface.stacks import conversions_of
 
 
 class Module:
@@ -65,6 +67,7 @@ def match(module: Module, names: Iterable[str], hub: bool = True) -> Names:
         ValueError: two tensors that are the same one of the module.
     """
     table = get_model_conversion_mapping(module.skeleton) if hub else []
+    table += conversions_of(module.skeleton)
     renamings = [entry for entry in table if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in table if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
@@ -93,8 +96,14 @@ def to_hub(module: Module, tensors: Mapping[str, Lazy], used: list[Any] | None) 
 
     With ``used=None`` those that transformers uses for a model that was not loaded.
     """
-    private = copy.copy(module.skeleton)
+    private, own = copy.copy(module.skeleton), conversions_of(module.skeleton)
+    if used is None and own:
+        every = get_model_conversion_mapping(module.skeleton, add_legacy=False)
+        used = [entry for entry in every if not isinstance(entry, PrefixChange)]
     if used is not None:
-        private._weight_conversions = used
+        known = {pattern for entry in used for pattern in entry.source_patterns}
+        private._weight_conversions = used + [
+            entry for entry in own if known.isdisjoint(entry.source_patterns)
+        ]
     found: dict[str, Any] = revert_weight_conversion(private, dict[str, Tensor](tensors))
     return found

@@ -111,6 +111,11 @@ class Objective:
                 f"{name} gives logits {tuple(logits.shape)} for labels {tuple(labels.shape)}, not "
                 "one for each: use model.apply and a loss of your own"
             )
+        if getattr(outputs, "encoder_aux_loss", None) is not None:
+            raise ValueError(
+                "router losses of encoder and decoder are not added here: leave "
+                "output_router_logits out of the batch, or use model.apply and a loss of your own"
+            )
         wide = logits.float() if logits.dtype.itemsize < 4 else logits
         nll = F.cross_entropy(
             wide.flatten(0, -2), labels.flatten(), ignore_index=IGNORE, reduction="sum"

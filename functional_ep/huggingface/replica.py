@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from functional_ep.huggingface.adapters import SYMMETRIC
+from functional_ep.huggingface.adapters import BLOCKS
 from functional_ep.huggingface.experts import Kind, Place
 from functional_ep.huggingface.parts import Part, parts
 from functional_ep.huggingface.recording import Record
@@ -54,9 +54,9 @@ class Replica:
         self.owners = [self._take_over(i, part) for i, part in enumerate(self.parts)]
         self.experts = {path: self._place_experts(path, kind) for path, kind in routed.items()}
         for module in self.model.modules():
-            symmetric = SYMMETRIC.get(type(module).__name__)
-            if symmetric is not None:
-                module.forward = symmetric(module)
+            block = BLOCKS.get(type(module).__name__)
+            if block is not None:
+                module.forward = block(module)
             config: Any = getattr(module, "config", None)
             if getattr(config, "use_cache", False):
                 config.use_cache = False  # of this copy: a pass over whole sequences
