@@ -28,15 +28,16 @@ from sharding import Comm, Mesh, distributed, expert_parallel, make_plan, zero3
 RULES = {"dense": zero3("edp", "ep"), "expert": expert_parallel("ep", store=("edp",))}
 
 
-def plain(experts: str, layers: int, comm: Comm) -> Any:
+def plain(experts: str, size: argparse.Namespace, comm: Comm) -> Any:
     config = MixtralConfig(
         vocab_size=256,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=layers,
+        hidden_size=size.width,
+        intermediate_size=size.width,
+        num_hidden_layers=size.layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        num_local_experts=4,
+        num_local_experts=size.experts,
+        num_experts_per_tok=size.top_k,
     )
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_config(config)
@@ -54,9 +55,9 @@ def timed(f: Callable[[], Any]) -> float:
     return time.process_time() - start
 
 
-def ratios(experts: str, layers: int, steps: int, comm: Comm) -> tuple[list[float], list[float]]:
+def ratios(experts: str, size: argparse.Namespace, comm: Comm) -> tuple[list[float], list[float]]:
     """CPU seconds of each step of the plain model, and how many times that the converted takes."""
-    model, batch = plain(experts, layers, comm), make_batch()
+    model, batch = plain(experts, size, comm), make_batch(size.length)
     bare = from_huggingface(model)
     plan = make_plan(bare.shapes, bare.labels, RULES, comm.mesh)
     loss = bare.loss(plan, comm)
@@ -72,27 +73,31 @@ def ratios(experts: str, layers: int, steps: int, comm: Comm) -> tuple[list[floa
 
     seconds: list[float] = []
     times: list[float] = []
-    for i in range(steps + 3):
+    for i in range(size.steps + 3):
         pair = (timed(theirs), timed(ours)) if i % 2 else (timed(ours), timed(theirs))[::-1]
         seconds.append(pair[0])
         times.append(pair[1] / pair[0])
     return seconds[3:], sorted(times[3:])
 
 
-def make_batch() -> dict[str, Tensor]:
-    ids = torch.randint(3, 256, (2, 33), generator=torch.Generator().manual_seed(0))
+def make_batch(length: int) -> dict[str, Tensor]:
+    ids = torch.randint(3, 256, (2, length + 1), generator=torch.Generator().manual_seed(0))
     return {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--width", type=int, default=64, help="of the model, and of an expert")
+    parser.add_argument("--experts", type=int, default=4)
+    parser.add_argument("--top-k", type=int, default=2)
+    parser.add_argument("--length", type=int, default=32, help="of each of two sequences")
     parser.add_argument("--steps", type=int, default=40, help="timed steps of each kind")
     args = parser.parse_args()
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, {args}")
     with distributed(Mesh(edp=1, ep=1), device="cpu") as comm:
         for experts in ("eager", "grouped_mm", "same"):
-            report(experts, *ratios(experts, args.layers, args.steps, comm))
+            report(experts, *ratios(experts, args, comm))
 
 
 def report(experts: str, seconds: list[float], times: list[float]) -> None:
