@@ -23,6 +23,7 @@ from .corpus import Corpus, read, standard_library
 from .huggingface import from_huggingface
 from .malloc import keep_freed_memory
 from .plot import plot
+from .program import CannotStart
 from .train import Report, train
 from .vocabulary import of_directory
 
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 run(comm, job)
         else:
             simulate(run, job.mesh, [job] * job.mesh.size)
-    except FloatingPointError as error:
+    except (FloatingPointError, CannotStart) as error:
         raise SystemExit(f"functional-ep {options.command}: {error}") from error
 
 

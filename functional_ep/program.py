@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import optree
 import torch
@@ -30,12 +30,17 @@ PRECISION = {"fp32": Precision(), "bf16": Precision(compute=torch.bfloat16)}
 Loss = Callable[[Any, Batch], tuple[Tensor, Tensor, dict[str, Tensor]]]
 
 
+class CannotStart(ValueError):
+    """What was asked for cannot be built, or cannot be fed with the text; the message says why."""
+
+
 class Program(NamedTuple):
     """One rank's functions of the shards, and the state they start from."""
 
     description: str
     parameters: int
     vocabulary: Vocabulary
+    tokens: int  # that the model knows
     loss: Loss  # as in evaluation, without dropout
     logits: Callable[[Any, Tensor], Tensor]
     step: Callable[[State, Batch], tuple[State, dict[str, Tensor]]]
@@ -44,8 +49,17 @@ class Program(NamedTuple):
 
 
 def build(comm: Comm, recipe: Recipe, device: torch.device) -> Program:
-    """The recipe's program on this rank of the mesh."""
-    return _from_weights(comm, recipe) if recipe.weights else _from_scratch(comm, recipe, device)
+    """The recipe's program on this rank of the mesh.
+
+    Raises:
+        CannotStart: weights that cannot be read or split so.
+    """
+    if not recipe.weights:
+        return _from_scratch(comm, recipe, device)
+    try:
+        return _from_weights(comm, recipe)
+    except (OSError, ValueError) as error:
+        raise CannotStart(error) from error
 
 
 def _from_scratch(comm: Comm, recipe: Recipe, device: torch.device) -> Program:
@@ -59,6 +73,7 @@ def _from_scratch(comm: Comm, recipe: Recipe, device: torch.device) -> Program:
         f"{cfg.layers} layers, {cfg.experts} experts, top-{cfg.top_k}",
         _size(plan),
         bytewise(),
+        cfg.vocab,
         loss,
         lm.apply(cfg, plan, comm),
         step,
@@ -71,12 +86,13 @@ def _from_weights(comm: Comm, recipe: Recipe) -> Program:
     directory = Path(recipe.weights)
     model = from_huggingface(directory, dtype=torch.float32)
     plan = make_plan(model.shapes, model.labels, RULES, comm.mesh, PRECISION[recipe.precision])
-    apply = model.apply(plan, comm)
+    apply, embeddings = model.apply(plan, comm), cast(Any, model.skeleton.get_input_embeddings())
     step, state = _training(recipe, plan, comm, model.loss(plan, comm), model.load(plan, comm))
     return Program(
         type(model.skeleton).__name__,
         _size(plan),
         of_directory(directory),
+        embeddings.weight.shape[0],
         model.loss(plan, comm, training=False),
         lambda shards, ids: apply(shards, **standing_in({"input_ids": ids})).logits[: len(ids)],
         step,

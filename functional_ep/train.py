@@ -19,7 +19,7 @@ from .agreement import check_agreement
 from .config import Recipe
 from .corpus import Corpus, fingerprint
 from .data import Baselines, Batch
-from .program import Loss, build
+from .program import CannotStart, Loss, Program, build
 from .vocabulary import Vocabulary
 
 PROMPT = b"def "
@@ -55,12 +55,12 @@ def train(
     were loaded they are written to the directory ``weights`` at the end.
 
     Raises:
-        ValueError: on every rank, when they have not read the same corpus.
+        ValueError: on every rank, when they have not read the same corpus, or cannot start with it.
         FloatingPointError: on every rank, when the loss is no longer finite.
     """
     check_agreement(fingerprint(corpus), "corpus", comm)
     program = build(comm, recipe, device)
-    state, text = program.state, program.vocabulary.encode(corpus.train)
+    state, text = program.state, _encoded(program, corpus.train, recipe)
     valid = corpus.valid[: recipe.eval_bytes]
     baselines = data.baselines(valid)
     bytes_per_token = len(corpus.train) / len(text)
@@ -84,6 +84,21 @@ def train(
         program.save(state, weights)
     bits = entry["valid_bits_per_byte"]
     return Report(program.description, bits, baselines, program.parameters, seconds, tokens, sample)
+
+
+def _encoded(program: Program, text: Tensor, recipe: Recipe) -> Tensor:
+    tokens = program.vocabulary.encode(text)
+    if len(tokens) <= recipe.seq:
+        raise CannotStart(
+            f"the training text has {len(tokens)} tokens, fewer than one window of seq + 1 = "
+            f"{recipe.seq + 1}: give more --data, or a smaller seq"
+        )
+    if int(tokens.max()) >= program.tokens:
+        raise CannotStart(
+            f"the tokenizer makes token {int(tokens.max())}, but the model knows {program.tokens}: "
+            "the two do not belong together"
+        )
+    return tokens
 
 
 def _refuse_infinite(entry: metrics.Record, recipe: Recipe, log: Log) -> None:

@@ -128,8 +128,8 @@ functional_ep.program       <- config data huggingface huggingface.idle lm optim
                                train_step vocabulary sharding
 functional_ep.train         <- agreement config corpus data metrics program vocabulary
                                sharding sharding.collectives
-functional_ep.cli           <- config corpus data huggingface malloc metrics plot train vocabulary
-                               sharding sharding.distributed
+functional_ep.cli           <- config corpus data huggingface malloc metrics plot program train
+                               vocabulary sharding sharding.distributed
 functional_ep.__main__      <- cli
 """
 

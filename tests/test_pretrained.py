@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from functional_ep import cli, metrics
 from functional_ep.vocabulary import of_directory
 
+LONG = int(0.94 * Path(__file__).stat().st_size)  # shorter than what trains, in bytes not tokens
 ROOT = Path(__file__).parents[1]
 
 
@@ -87,6 +89,35 @@ def test_what_would_be_lost_at_the_end_is_refused_at_the_start(
     message = {"tokenizer": "has no tokenizer", "out": "weights exists already: move it away"}
     with pytest.raises(SystemExit, match=message[missing]):
         cli.main(arguments(weights, tmp_path / "run", 1))
+
+
+def damaged(weights: Path) -> None:
+    file = weights / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def smaller(weights: Path) -> None:
+    build("mixtral", vocab_size=100).save_pretrained(weights)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "more", "message"),
+    [
+        (damaged, [], r"functional-ep train: .*model\.safetensors.*"),
+        (smaller, [], r"makes token 2\d\d, but the model knows 100: the two do not belong"),
+        (None, ["--mesh", "edp=1,ep=3", "--simulate", "3"], r"4.* divide by the 3 ranks"),
+        (None, ["--set", f"seq={LONG}"], rf"text has \d+ tokens, fewer than .* = {LONG + 1}"),
+        (None, ["--set", "model.layers=3"], r"model\.\* describes a new model, but --model loads"),
+    ],
+    ids=["truncated", "tokenizer", "mesh", "short", "both"],
+)
+def test_what_cannot_start_ends_the_command_with_one_line(
+    spoil: Any, more: list[str], message: str, weights: Path, tmp_path: Path
+) -> None:
+    if spoil is not None:
+        spoil(weights)
+    with pytest.raises(SystemExit, match=message):
+        cli.main([*arguments(weights, tmp_path / "run", 1), *more])
 
 
 @pytest.mark.parametrize(
