@@ -114,7 +114,7 @@ def to_huggingface(
     _require_transformers()
     from functional_ep.huggingface.dump import write
 
-    write(path, shards, plan, comm, model, max_shard_size=max_shard_size, dtype=dtype)
+    write(path, shards, plan, comm, model, max_shard_size, dtype)
 
 
 def _require_transformers() -> None:

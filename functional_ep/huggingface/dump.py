@@ -30,9 +30,8 @@ def write(
     plan: Plan,
     comm: Comm,
     model: Described,
-    *,
-    max_shard_size: int | str = "50GB",
-    dtype: torch.dtype | None = None,
+    max_shard_size: int | str,
+    dtype: torch.dtype | None,
 ) -> None:
     """See :func:`functional_ep.to_huggingface`."""
     path = Path(path)

@@ -99,8 +99,9 @@ class Exchange:
             problem = f"{other} has gone ({error}): see its own error, if it has printed one"
         else:
             problem = f"{other} did not join it within {comm.timeout:g} s or has gone ({error})"
+        about = self.about.decode(errors="replace")
         return (
-            f"rank {comm.rank} {comm.coords} is at {self.op}, {self.about.decode()}, its "
+            f"rank {comm.rank} {comm.coords} is at {self.op}, {about}, its "
             f"collective no. {self.number}; {problem}. Every rank of a fiber must start the same "
             "collectives in the same order, also a rank with no tokens."
         )

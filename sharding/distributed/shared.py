@@ -204,7 +204,7 @@ class SharedArrival:
     def wait(self) -> list[Tensor]:
         notice = self.notice = self.link.take(self.number)
         if (notice.about, notice.nbytes) != (self.about, self.layout.nbytes):
-            raise Mismatch(f"{notice.about.decode()}, {notice.nbytes} bytes")
+            raise Mismatch(f"{notice.about.decode(errors='replace')}, {notice.nbytes} bytes")
         parts = self.layout.read(notice.memory)
         if not self.into:
             return parts
