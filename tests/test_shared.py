@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import socket
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -224,6 +225,28 @@ def descriptors(comm: Comm) -> int:
 def test_descriptors_do_not_add_up(ranks2: Farm) -> None:
     first = ranks2.run(descriptors, MESH)
     assert ranks2.run(descriptors, MESH) == first
+
+
+def fork(comm: Comm) -> tuple[bool, float]:
+    """Whether a forked child lets go of the sockets, and a sum in which its parent takes part."""
+    assert isinstance(comm, PairwiseComm)
+    links = [link for link in comm.links.values() if isinstance(link, SharedLink)]
+    ours, theirs = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # newer Pythons warn of threads; the child only writes
+        child = os.fork()
+    if not child:
+        os.write(theirs, bytes([all(link.socket.fileno() < 0 for link in links)]))
+        os._exit(0)
+    os.waitpid(child, 0)
+    answer = os.read(ours, 1)
+    os.close(ours)
+    os.close(theirs)
+    return bool(links) and answer == b"\x01", float(comm.all_reduce([torch.ones(1)], ("ep",))[0])
+
+
+def test_a_forked_child_does_not_hold_a_dead_rank_open(ranks2: Farm) -> None:
+    assert ranks2.run(fork, MESH) == [(True, 2.0)] * 2
 
 
 def part_ways(comm: Comm, kinds: Sequence[str]) -> None:
