@@ -7,6 +7,7 @@ is a function ``(state, batch) -> (state, metrics)``.
 from sharding import Precision
 
 from . import lm
+from .checkpoint import Checkpoints, restore, restore_params, save
 from .huggingface import from_huggingface, to_huggingface
 from .labels import freeze, label_by_path, train_only
 from .optim import Optimizer, adamw, sgd
@@ -15,6 +16,7 @@ from .state import State, init_state, reshard_state
 from .train_step import make_train_step
 
 __all__ = [
+    "Checkpoints",
     "Optimizer",
     "Precision",
     "State",
@@ -29,6 +31,9 @@ __all__ = [
     "lm",
     "make_train_step",
     "reshard_state",
+    "restore",
+    "restore_params",
+    "save",
     "sgd",
     "to_huggingface",
     "train_only",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -94,6 +94,7 @@ def reshard_state(state: State, from_plan: Plan, to_plan: Plan, comm: Comm) -> S
             for path, x in by_path.items():
                 held[path][name] = x
     params = reshard(state.params, from_plan, to_plan, comm)
+    frozen = {leaf.path for leaf in from_plan.leaves if leaf.label in from_plan.frozen}
     opt: dict[str, Moments] = {}
     for label in to_plan.trained:
         paths = [leaf.path for leaf in to_plan.leaves if leaf.label == label]
@@ -102,22 +103,29 @@ def reshard_state(state: State, from_plan: Plan, to_plan: Plan, comm: Comm) -> S
             name: dict(
                 zip(paths, reshard([held[p][name] for p in paths], old, new, comm), strict=True)
             )
-            for name in _moments_of(label, paths, held, from_plan)
+            for name in moments_in_common(label, {path: held[path] for path in paths}, frozen)
         }
     return State(state.step.clone(), params, opt)
 
 
-def _moments_of(
-    label: str, paths: list[str], held: dict[str, dict[str, Tensor]], plan: Plan
+def moments_in_common(
+    label: str, held: Mapping[str, Collection[str]], frozen: Collection[str]
 ) -> list[str]:
-    """The names of the moments that all leaves of a label have."""
-    labels = {leaf.path: leaf.label for leaf in plan.leaves}
-    for path in paths:
-        if labels[path] in plan.frozen:
+    """The names of the moments that all leaves of a label have, by whose paths they are given.
+
+    Raises:
+        ValueError: leaves with different moments, or one that was frozen.
+
+    >>> moments_in_common("dense", {"a": ["m", "v"], "b": ["m", "v"]}, frozen=())
+    ['m', 'v']
+    """
+    first = next(iter(held))
+    for path, names in held.items():
+        if path in frozen:
             raise ValueError(f"{path!r} was frozen and has no moments to go on with: start a state")
-        if set(held[path]) != set(held[paths[0]]):
+        if set(names) != set(held[first]):
             raise ValueError(
-                f"label {label!r}: {paths[0]!r} has the moments {sorted(held[paths[0]])} and "
-                f"{path!r} has {sorted(held[path])}; they had different optimizers"
+                f"label {label!r}: {first!r} has the moments {sorted(held[first])} and "
+                f"{path!r} has {sorted(names)}; they had different optimizers"
             )
-    return list(held[paths[0]])
+    return list(held[first])

@@ -68,6 +68,31 @@ functional_ep.state         <- optim sharding
 functional_ep.agreement     <- sharding sharding.tree
 functional_ep.differentiate <- sharding sharding.collectives sharding.comm sharding.tree
 functional_ep.train_step    <- agreement differentiate optim state sharding sharding.tree
+functional_ep.box           <-
+functional_ep.safetensors_file <- box
+functional_ep.checkpoint.disk     <-
+functional_ep.checkpoint.digest   <- safetensors_file
+functional_ep.checkpoint.manifest <- checkpoint.digest safetensors_file
+functional_ep.checkpoint.folder   <- checkpoint.disk checkpoint.manifest
+functional_ep.checkpoint.parts    <- checkpoint.manifest safetensors_file state sharding
+                                     sharding.gather sharding.tree
+functional_ep.checkpoint.payload  <- checkpoint.digest checkpoint.disk checkpoint.folder
+                                     checkpoint.manifest checkpoint.parts safetensors_file
+functional_ep.checkpoint.saving     <- agreement checkpoint.digest checkpoint.disk checkpoint.folder
+                                     checkpoint.manifest checkpoint.parts checkpoint.payload
+                                     state sharding
+functional_ep.checkpoint.reader   <- checkpoint.digest checkpoint.disk checkpoint.manifest
+                                     safetensors_file sharding.tree
+functional_ep.checkpoint.restoring  <- agreement checkpoint.digest checkpoint.disk checkpoint.folder
+                                     checkpoint.manifest checkpoint.reader optim state
+                                     sharding sharding.gather sharding.leaf
+functional_ep.checkpoint.check    <- checkpoint.disk checkpoint.folder checkpoint.manifest
+                                     checkpoint.reader
+functional_ep.checkpoint.checkpoints <- agreement checkpoint.check checkpoint.disk
+                                     checkpoint.folder checkpoint.parts checkpoint.restoring
+                                     checkpoint.saving state sharding
+functional_ep.checkpoint          <- checkpoint.check checkpoint.checkpoints checkpoint.folder
+                                     checkpoint.restoring checkpoint.saving
 functional_ep.routing       <- sharding.closed
 functional_ep.permute       <- sharding.node
 functional_ep.grouped       <- sharding.closed sharding.node
@@ -77,10 +102,9 @@ functional_ep.moe           <- grouped permute routing swiglu
 functional_ep.attention     <-
 functional_ep.lm            <- attention differentiate labels moe routing
                                sharding sharding.mesh sharding.sharded
-functional_ep.huggingface.moves   <-
-functional_ep.huggingface.lazy    <- huggingface.moves
-functional_ep.huggingface.safetensors_file <- huggingface.moves
-functional_ep.huggingface.source  <- huggingface.lazy huggingface.moves huggingface.safetensors_file
+functional_ep.huggingface.moves   <- box
+functional_ep.huggingface.lazy    <- box huggingface.moves
+functional_ep.huggingface.source  <- huggingface.lazy huggingface.moves safetensors_file
 functional_ep.huggingface.stacks  <-
 functional_ep.huggingface.names   <- huggingface.lazy huggingface.stacks
 functional_ep.huggingface.convert <- huggingface.lazy huggingface.names huggingface.source
@@ -93,14 +117,13 @@ functional_ep.huggingface.lora    <- grouped huggingface.experts huggingface.laz
 functional_ep.huggingface.adapted <- huggingface.load huggingface.source sharding
 functional_ep.huggingface.detect  <- huggingface.adapters huggingface.experts huggingface.lora
                                      huggingface.stacks
-functional_ep.huggingface.files   <- huggingface.lazy huggingface.names
-                                     huggingface.safetensors_file huggingface.source
+functional_ep.huggingface.files   <- huggingface.lazy huggingface.names huggingface.source
+                                     safetensors_file
 functional_ep.huggingface.companions <-
-functional_ep.huggingface.stream  <- huggingface.lazy huggingface.moves huggingface.names
-                                     sharding sharding.mesh
+functional_ep.huggingface.stream  <- box huggingface.lazy huggingface.names sharding sharding.mesh
 functional_ep.huggingface.dump    <- huggingface.companions huggingface.files huggingface.lazy
-                                     huggingface.lora huggingface.names huggingface.safetensors_file
-                                     huggingface.source huggingface.stream sharding
+                                     huggingface.lora huggingface.names huggingface.source
+                                     huggingface.stream safetensors_file sharding
 functional_ep.huggingface.recording <-
 functional_ep.huggingface.skeleton <-
 functional_ep.huggingface.idle    <-
@@ -115,7 +138,8 @@ functional_ep.huggingface.model   <- huggingface.adapted huggingface.detect
                                      huggingface.skeleton huggingface.stacks sharding sharding.walk
 functional_ep.huggingface         <- huggingface.dump huggingface.model huggingface.shift
                                      huggingface.stream sharding
-functional_ep.__init__      <- huggingface labels lm optim schedules state train_step sharding
+functional_ep.__init__      <- checkpoint huggingface labels lm optim schedules state train_step
+                               sharding
 functional_ep.testing       <- lm optim schedules state train_step sharding sharding.testing
 functional_ep.corpus        <-
 functional_ep.data          <- corpus

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 from torch import Tensor
 
-from functional_ep.huggingface import safetensors_file
-from functional_ep.huggingface.lazy import Lazy, boxes, read
-from functional_ep.huggingface.moves import sizes_of, slices_of
-from functional_ep.huggingface.safetensors_file import (
+from functional_ep import safetensors_file
+from functional_ep.box import boxes, sizes_of, slices_of
+from functional_ep.huggingface.lazy import Lazy, read
+from functional_ep.safetensors_file import (
     DTYPES,
     make_header,
     read_header,

@@ -14,9 +14,10 @@ from hypothesis import find, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from functional_ep.box import Box, boxes, sizes_of, slices_of
 from functional_ep.huggingface import moves
-from functional_ep.huggingface.lazy import Lazy, boxes, read
-from functional_ep.huggingface.moves import RULES, Box, sizes_of, slices_of
+from functional_ep.huggingface.lazy import Lazy, read
+from functional_ep.huggingface.moves import RULES
 
 
 class Step(NamedTuple):

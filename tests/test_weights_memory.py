@@ -16,13 +16,12 @@ from hub import RULES, Alone, Hub, Model, config_of, described, plan_of, skeleto
 from safetensors.torch import load_file
 from torch import Tensor
 
-from functional_ep import to_huggingface
-from functional_ep.huggingface import safetensors_file
+from functional_ep import safetensors_file, to_huggingface
 from functional_ep.huggingface.files import Files, write_headers
 from functional_ep.huggingface.lazy import Lazy, read
 from functional_ep.huggingface.load import load
 from functional_ep.huggingface.names import Module, to_hub
-from functional_ep.huggingface.safetensors_file import PIECE
+from functional_ep.safetensors_file import PIECE
 from sharding import Comm, Mesh, Plan, simulate
 
 LARGE = {

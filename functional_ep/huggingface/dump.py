@@ -18,9 +18,9 @@ from functional_ep.huggingface.files import Files, write_headers
 from functional_ep.huggingface.lazy import Lazy, read
 from functional_ep.huggingface.lora import adapter_of, adapter_tensors
 from functional_ep.huggingface.names import Module, match, to_hub
-from functional_ep.huggingface.safetensors_file import PIECE, Stored, write_from
 from functional_ep.huggingface.source import open_source
 from functional_ep.huggingface.stream import Described, Gathering, batches_of, cast, leaves_of
+from functional_ep.safetensors_file import PIECE, Stored, write_from
 from sharding import Comm, Plan
 
 

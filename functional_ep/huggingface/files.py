@@ -13,8 +13,8 @@ from torch import Tensor
 
 from functional_ep.huggingface.lazy import Lazy
 from functional_ep.huggingface.names import Module
-from functional_ep.huggingface.safetensors_file import Stored, make_header
 from functional_ep.huggingface.source import INDEX
+from functional_ep.safetensors_file import Stored, make_header
 
 
 class Files(NamedTuple):

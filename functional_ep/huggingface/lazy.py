@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_iter, tree_map
 
-from functional_ep.huggingface.moves import RULES, Box, Fill, compute, sizes_of, slices_of
+from functional_ep.box import Box, boxes, sizes_of, slices_of
+from functional_ep.huggingface.moves import RULES, Fill, compute
 
 
 class Lazy(Tensor):
@@ -86,35 +87,6 @@ def read(x: Lazy, lo: int, hi: int, out: Tensor | None = None) -> Tensor:
         x.fill(out[start : start + math.prod(sizes)].view(sizes), box)
         start += math.prod(sizes)
     return out
-
-
-def boxes(lo: int, hi: int, shape: tuple[int, ...]) -> Iterator[Box]:
-    """The interval ``[lo, hi)`` of a ravelled tensor as boxes, in order: whole rows and their rims.
-
-    >>> list(boxes(1, 5, (3, 2)))
-    [((0, 1), (1, 2)), ((1, 2), (0, 2)), ((2, 3), (0, 1))]
-    """
-    if lo >= hi:
-        return
-    if not shape:
-        yield ()
-        return
-    row = math.prod(shape[1:])
-    first, last = -(-lo // row), hi // row
-    if first > last:  # both ends lie in one row
-        first = last + 1
-        yield from _in_row(last, lo, hi, shape)
-        return
-    yield from _in_row(first - 1, lo, first * row, shape)
-    if first < last:
-        yield ((first, last), *((0, size) for size in shape[1:]))
-    yield from _in_row(last, last * row, hi, shape)
-
-
-def _in_row(i: int, lo: int, hi: int, shape: tuple[int, ...]) -> Iterator[Box]:
-    start = i * math.prod(shape[1:])
-    for box in boxes(lo - start, hi - start, shape[1:]):
-        yield ((i, i + 1), *box)
 
 
 class _Held(NamedTuple):

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-Box = tuple[tuple[int, int], ...]
-"""The half-open range of every dim."""
+from functional_ep.box import Box, sizes_of, slices_of
 
 Fill = Callable[[Tensor, Box], None]
 """Write a box of a tensor into a tensor of the box's shape, in the dtype of the latter."""
@@ -29,16 +28,6 @@ class Readable(Protocol):
     @property
     def shape(self) -> Sequence[int]: ...
     def dim(self) -> int: ...
-
-
-def sizes_of(box: Box) -> tuple[int, ...]:
-    """The shape of a box."""
-    return tuple(hi - lo for lo, hi in box)
-
-
-def slices_of(box: Box) -> tuple[slice, ...]:
-    """A box as an index."""
-    return tuple(slice(lo, hi) for lo, hi in box)
 
 
 def whole_of(x: Readable) -> Box:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from functional_ep.huggingface.lazy import Lazy
 from functional_ep.huggingface.moves import Fill
-from functional_ep.huggingface.safetensors_file import Stored, read_header
+from functional_ep.safetensors_file import Stored, read_header
 
 Source: TypeAlias = "str | Path | Mapping[str, Tensor] | nn.Module"
 

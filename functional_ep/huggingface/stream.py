@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from functional_ep.box import Box, slices_of
 from functional_ep.huggingface.lazy import Lazy
-from functional_ep.huggingface.moves import Box, slices_of
 from functional_ep.huggingface.names import Module
 from sharding import Comm, Plan
 from sharding.mesh import Axes

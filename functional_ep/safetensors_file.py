@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from functional_ep.huggingface.moves import Box
+from functional_ep.box import Box
 
 # In the order in which the format's own writer sorts them, from the last to the first.
 DTYPES = {
@@ -79,7 +79,7 @@ class Stored(NamedTuple):
 
 def read_into(path: Path, start: int, out: Tensor) -> int:
     """Fill a contiguous tensor with the bytes from ``start``; the number of bytes there were."""
-    memory, found = _bytes(out), 0
+    memory, found = memory_of(out), 0
     with open(path, "rb", buffering=0) as file:
         file.seek(start)
         while found < len(memory):
@@ -94,13 +94,14 @@ def write_from(path: Path, start: int, x: Tensor) -> None:
     """Write a contiguous tensor over the bytes from ``start`` of a file that exists."""
     with open(path, "r+b", buffering=0) as file:
         file.seek(start)
-        memory = _bytes(x)
+        memory = memory_of(x)
         while memory:
             memory = memory[file.write(memory) :]
 
 
-def _bytes(x: Tensor) -> memoryview:
-    bytes_of: Any = x.reshape(-1).view(torch.uint8).numpy()
+def memory_of(x: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on CPU, which they share."""
+    bytes_of: Any = x.detach().reshape(-1).view(torch.uint8).numpy()
     return memoryview(bytes_of)
 
 
@@ -112,26 +113,33 @@ def read_header(path: Path) -> dict[str, Stored]:
     """
     size = path.stat().st_size
     with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
+        length = file.read(8)
+        if size < 8 or int.from_bytes(length, "little") > size - 8:
             raise ValueError(
                 f"{path} is truncated, or no safetensors file: it has {size} bytes and announces a "
-                f"header of {length}. Copy or download it again"
+                f"header of {int.from_bytes(length, 'little')}. Copy or download it again"
             )
-        try:
-            header: dict[str, Any] = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            found = {
-                name: (entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
-                for name, entry in header.items()
-            }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{path} is no safetensors file: its header cannot be read ({error}). "
-                "Copy or download it again"
-            ) from None
+        text = file.read(int.from_bytes(length, "little"))
+    return parse_header(path, text, size)
+
+
+def parse_header(path: Path, text: bytes, size: int) -> dict[str, Stored]:
+    """The same from the JSON of the header, which is all that has been read of the file."""
+    try:
+        header: dict[str, Any] = json.loads(text)
+        header.pop("__metadata__", None)
+        found = {
+            name: (entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
+            for name, entry in header.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is no safetensors file: its header cannot be read ({error}). "
+            "Copy or download it again"
+        ) from None
+    first = 8 + len(text)
     return {
-        name: _checked(path, size, name, kind, shape, 8 + length + start, 8 + length + end)
+        name: _checked(path, size, name, kind, shape, first + start, first + end)
         for name, (kind, shape, start, end) in found.items()
     }
 

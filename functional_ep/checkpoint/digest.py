@@ -1,0 +1,37 @@
+"""Digests: of memory, before it is written and after it is read, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import xxhash
+from torch import Tensor
+
+from functional_ep.safetensors_file import memory_of
+
+ALGORITHM = "xxh3_128"
+BLOCK = 2**22  # bytes that are read and checked at a time: who needs a part reads a little more
+
+
+def digest(memory: bytes | memoryview) -> str:
+    """The 128 bits of xxh3, in hex: a flipped bit changes them; it is no signature.
+
+    >>> digest(b"abc")
+    '06b05ab6733a618578af5f94892f3950'
+    """
+    return xxhash.xxh3_128_hexdigest(memory)
+
+
+def digests_of(x: Tensor, block: int) -> tuple[str, ...]:
+    """One digest for every ``block`` bytes of a contiguous tensor, the last of what is left.
+
+    >>> import torch
+    >>> len(digests_of(torch.zeros(5), block=16))
+    2
+    """
+    return tuple(map(digest, _blocks(memory_of(x), block)))
+
+
+def _blocks(memory: memoryview, block: int) -> Iterator[memoryview]:
+    for start in range(0, len(memory), block):
+        yield memory[start : start + block]

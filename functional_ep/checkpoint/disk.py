@@ -1,0 +1,113 @@
+"""Disk: the few operations on files that a checkpoint is made of, each of which may fail alone."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+class Disk:
+    """The operations of this machine's file systems, one system call each.
+
+    Everything that saves or restores is handed one, so that a test can put another in its place:
+    one that crashes, is full, or forgets what was never synced.
+    """
+
+    def names(self, path: Path) -> list[str] | None:
+        """What a directory holds, in order of names; None where there is no directory."""
+        try:
+            return sorted(os.listdir(path))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def size(self, path: Path) -> int | None:
+        """The bytes of a file; None where there is nothing."""
+        try:
+            return os.stat(path).st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def read(self, path: Path, start: int, memory: memoryview) -> int:
+        """Fill memory with the bytes from ``start``; the number of bytes there were."""
+        file, found = os.open(path, os.O_RDONLY | os.O_CLOEXEC), 0
+        try:
+            while found < len(memory):
+                count = os.preadv(file, [memory[found:]], start + found)
+                if not count:
+                    break
+                found += count
+        finally:
+            os.close(file)
+        return found
+
+    def make_directory(self, path: Path) -> None:
+        os.mkdir(path)
+
+    def create(self, path: Path) -> int:
+        """An empty file, open for writing."""
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+
+    def write(self, file: int, memory: memoryview) -> None:
+        """Append to an open file."""
+        while memory:
+            memory = memory[os.write(file, memory) :]
+
+    def sync(self, file: int) -> None:
+        """The numbers of an open file reach the medium."""
+        os.fsync(file)
+
+    def close(self, file: int) -> None:
+        os.close(file)
+
+    def sync_directory(self, path: Path) -> None:
+        """What was created, renamed or removed in a directory reaches the medium."""
+        file = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
+
+    def rename(self, old: Path, new: Path) -> None:
+        """At once, over what may be there."""
+        os.rename(old, new)
+
+    def link(self, old: Path, new: Path) -> None:
+        """A second name for the same bytes."""
+        os.link(old, new)
+
+    def remove(self, path: Path) -> None:
+        os.unlink(path)
+
+    def remove_directory(self, path: Path) -> None:
+        os.rmdir(path)
+
+
+DISK = Disk()
+
+
+def read_all(path: Path, disk: Disk) -> bytes | None:
+    """The whole of a small file; None where there is nothing."""
+    size = disk.size(path)
+    if size is None:
+        return None
+    memory = bytearray(size)
+    return bytes(memory[: disk.read(path, 0, memoryview(memory))])
+
+
+def write_all(path: Path, memories: list[memoryview], disk: Disk) -> None:
+    """A file of these bytes, one after the other, all of which have reached the medium."""
+    file = disk.create(path)
+    try:
+        for memory in memories:
+            disk.write(file, memory)
+        disk.sync(file)
+    finally:
+        disk.close(file)
+
+
+def make_directories(path: Path, disk: Disk) -> None:
+    """The directory, and those above it, so that they survive a crash."""
+    if disk.names(path) is None:
+        make_directories(path.parent, disk)
+        disk.make_directory(path)
+        disk.sync_directory(path.parent)

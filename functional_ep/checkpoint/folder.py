@@ -1,0 +1,127 @@
+"""Folder: what a directory is to us; how a manifest gets its name there, and what nobody names."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from functional_ep.checkpoint.disk import Disk, read_all, write_all
+from functional_ep.checkpoint.manifest import (
+    MANIFEST,
+    STORED,
+    Manifest,
+    Newer,
+    from_bytes,
+    to_bytes,
+)
+
+INCOMPLETE = ".incomplete"
+STEP = re.compile(r"step-(\d{8,})")
+_ANY = rf"({STORED.pattern}|{re.escape(MANIFEST)})"
+OURS = re.compile(rf"{_ANY}|\.{_ANY}{re.escape(INCOMPLETE)}")
+
+
+def growing(path: Path) -> Path:
+    """The name of a file that is not whole yet."""
+    return path.with_name(f".{path.name}{INCOMPLETE}")
+
+
+def read_manifest(path: Path, disk: Disk) -> Manifest:
+    """The manifest of a checkpoint.
+
+    Raises:
+        FileNotFoundError: no checkpoint; says what else it seems to be, and what to do.
+        ValueError: a manifest that is damaged, or of a newer format.
+    """
+    text = read_all(path / MANIFEST, disk)
+    if text is None:
+        raise FileNotFoundError(f"{path} is no checkpoint: {_instead(path, disk)}")
+    return from_bytes(text, path / MANIFEST)
+
+
+def _instead(path: Path, disk: Disk) -> str:
+    names = disk.names(path)
+    if names is None:
+        exists = disk.size(path) is not None
+        return "it is a file" if exists else "there is no such directory"
+    steps = [name for name in names if STEP.fullmatch(name) and disk.size(path / name / MANIFEST)]
+    if steps:
+        return f"it holds {len(steps)} of them, the newest is {path / steps[-1]}"
+    if ".metadata" in names:
+        return "torch.distributed.checkpoint wrote it: read it with from_dcp(path, plan, comm)"
+    if "config.json" in names:
+        return "it is a Hugging Face model: read it with from_huggingface(path).load(plan, comm)"
+    if any(OURS.fullmatch(name) for name in names):
+        return "a save to it ended before it was complete. Restore an earlier one"
+    return f"it has no {MANIFEST}"
+
+
+def put_manifest(path: Path, manifest: Manifest, disk: Disk) -> None:
+    """The moment of a save: the renaming. What the old manifest named may go after it, not before.
+
+    Payloads and their names have reached the medium by now, and the new name has, before anything
+    is removed; so after a crash either manifest finds all that it names.
+    """
+    write_all(growing(path / MANIFEST), [memoryview(to_bytes(manifest))], disk)
+    disk.rename(growing(path / MANIFEST), path / MANIFEST)
+    sweep(path, disk)
+
+
+def sweep(path: Path, disk: Disk) -> None:
+    """Remove what saves left behind: files of ours that the manifest, if there is one, lacks."""
+    disk.sync_directory(path)
+    try:
+        kept = read_manifest(path, disk).names | {MANIFEST}
+    except (FileNotFoundError, ValueError):
+        kept = {MANIFEST}
+    for name in disk.names(path) or ():
+        if OURS.fullmatch(name) and name not in kept:
+            disk.remove(path / name)
+
+
+def refuse_foreign(path: Path, disk: Disk) -> None:
+    """Save over nothing that is not a checkpoint, and over none from the future."""
+    names = disk.names(path)
+    if names is None and disk.size(path) is not None:
+        raise FileExistsError(f"{path} is a file: a checkpoint is a directory, choose another path")
+    foreign = [name for name in names or () if not OURS.fullmatch(name)]
+    if foreign and MANIFEST not in (names or ()):
+        raise FileExistsError(
+            f"{path} exists and is no checkpoint, it holds {foreign[0]}: choose another path"
+        )
+    try:
+        read_manifest(path, disk)
+    except Newer:
+        raise
+    except (FileNotFoundError, ValueError):
+        return  # nothing, or nothing that could be restored
+
+
+def committed(directory: str | Path, disk: Disk) -> list[Path]:
+    """The checkpoints ``step-...`` of a directory, the oldest first; a save under way is none."""
+    directory = Path(directory)
+    names = [name for name in disk.names(directory) or () if STEP.fullmatch(name)]
+    paths = [directory / name for name in sorted(names, key=lambda name: int(name[5:]))]
+    return [path for path in paths if disk.size(path / MANIFEST) is not None]
+
+
+def tidy(directory: Path, disk: Disk) -> None:
+    """Remove what crashed saves, and removals, left of checkpoints that are none."""
+    whole = committed(directory, disk)
+    for name in disk.names(directory) or ():
+        if STEP.fullmatch(name) and directory / name not in whole:
+            _empty(directory / name, disk)
+
+
+def discard(path: Path, disk: Disk) -> None:
+    """Remove a checkpoint: first what makes it one, so that half of it never looks like one."""
+    disk.remove(path / MANIFEST)
+    _empty(path, disk)
+
+
+def _empty(path: Path, disk: Disk) -> None:
+    """Remove our files, now that no manifest names them, and the directory if it is empty then."""
+    sweep(path, disk)
+    if disk.names(path) == []:
+        disk.remove_directory(path)
+        disk.sync_directory(path.parent)
