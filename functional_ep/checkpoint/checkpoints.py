@@ -166,7 +166,7 @@ class Checkpoints:
 
     def _retain(self) -> None:
         paths = committed(self.directory, self.disk)
-        for path in paths[: len(paths) - self.keep] if self.keep else ():
+        for path in paths[: -self.keep] if self.keep else ():
             discard(path, self.disk)
 
     def __enter__(self) -> Self:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from functional_ep.checkpoint.disk import Disk, read_all, write_all
+from functional_ep.checkpoint.disk import DISK, Disk, read_all, write_all
 from functional_ep.checkpoint.manifest import (
     MANIFEST,
     STORED,
@@ -97,7 +97,7 @@ def refuse_foreign(path: Path, disk: Disk) -> None:
         return  # nothing, or nothing that could be restored
 
 
-def committed(directory: str | Path, disk: Disk) -> list[Path]:
+def committed(directory: str | Path, disk: Disk = DISK) -> list[Path]:
     """The checkpoints ``step-...`` of a directory, the oldest first; a save under way is none."""
     directory = Path(directory)
     names = [name for name in disk.names(directory) or () if STEP.fullmatch(name)]

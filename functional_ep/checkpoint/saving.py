@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -123,8 +124,13 @@ class Saving:
             return {}
         contents = {name: _content(name, given) for name, given in files.items()}
         refuse_foreign(self.path, self.disk)
-        make_directories(self.path, self.disk)
-        sweep(self.path, self.disk)
+        try:
+            make_directories(self.path, self.disk)
+            sweep(self.path, self.disk)
+        except OSError:
+            with suppress(OSError):
+                self._discard()
+            raise
         return contents
 
     def write(self, earlier: Path | None = None) -> None:
@@ -176,7 +182,7 @@ class Saving:
 
     def _discard(self) -> None:
         sweep(self.path, self.disk)
-        if not self.disk.names(self.path):
+        if self.disk.names(self.path) == []:
             self.disk.remove_directory(self.path)
 
 
