@@ -243,7 +243,22 @@ def test_a_damaged_newest_is_refused_and_the_one_in_order_is_named(
 
     first, second = on_ranks(program)
     assert first == second and "step-00000003" in first and "damaged" in first
-    assert first.endswith(f"{tmp_path / 'step-00000001'} is in order")
+    assert first.endswith(
+        f"{tmp_path / 'step-00000001'} is in order, move step-00000003 away to go on from it"
+    )
+
+
+@pytest.mark.parametrize("saves", [True, False], ids=["save", "call"])
+def test_another_future_is_not_mixed_with_this_one(saves: bool, tmp_path: Path) -> None:
+    save_some(DISK, tmp_path, (1, 9))
+
+    def program(comm: Comm) -> None:
+        checkpoints = Checkpoints(tmp_path, PLAN, comm)
+        (checkpoints.save if saves else checkpoints)(state_of(PLAN, comm.rank, 2))
+
+    with pytest.raises(ValueError, match=r"step-00000009 is there, but training is at step 2,"):
+        on_ranks(program)
+    assert names(tmp_path) == ["step-00000001", "step-00000009"]
 
 
 def test_a_plan_that_does_not_fit_is_not_called_damage(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from functional_ep.agreement import gather_bytes, together
 from functional_ep.checkpoint.check import verify as check
 from functional_ep.checkpoint.disk import DISK, Disk
-from functional_ep.checkpoint.folder import committed, discard, tidy
+from functional_ep.checkpoint.folder import committed, discard, step_of, tidy
 from functional_ep.checkpoint.parts import Buffers, on_cpu
 from functional_ep.checkpoint.restoring import restore
 from functional_ep.checkpoint.saving import Content, Extras, Saving
@@ -51,7 +51,8 @@ class Checkpoints:
         disk: the operations on files.
 
     Raises:
-        ValueError: ``keep`` or ``every`` less than one.
+        ValueError: ``keep`` or ``every`` less than one; from a call, a directory that has
+            checkpoints of later steps, from a training that went another way.
 
     >>> from tempfile import TemporaryDirectory
     >>> from sharding import Mesh, make_plan, simulate, zero3
@@ -91,12 +92,16 @@ class Checkpoints:
         self.last: Cost | None = None
         self._buffers = Buffers()
         self._pending: _Pending | None = None
+        self._called = False
 
     def __call__(self, state: State) -> None:
         """Save if it is time to; commit what has been written meanwhile."""
+        step = int(state.step)
+        if not self._called:
+            self._called = True
+            self._lead(lambda: self._refuse_later(step))
         if self._pending is not None and self._all_have_written():
             self.wait()
-        step = int(state.step)
         if step and step % self.every == 0:
             self.save(state)
 
@@ -104,7 +109,9 @@ class Checkpoints:
         """Save now, whatever the step; with ``background``, return when the state is copied."""
         self.wait()
         started = perf_counter()
-        path = self.directory / f"step-{int(state.step):08}"
+        step = int(state.step)
+        path = self.directory / f"step-{step:08}"
+        self._lead(lambda: self._refuse_later(step))
         self._lead(lambda: tidy(self.directory, self.disk))
         earlier = [other for other in committed(self.directory, self.disk) if other != path]
         copies = self._buffers.copies if self.background else on_cpu
@@ -153,7 +160,18 @@ class Checkpoints:
             return ""
         older = [path for path in committed(self.directory, self.disk) if path != newest]
         good = next((path for path in reversed(older) if _is_good(path, self.disk)), None)
-        return f": {good} is in order" if good else ": none that is older is in order"
+        if good is None:
+            return ": none that is older is in order"
+        return f": {good} is in order, move {newest.name} away to go on from it"
+
+    def _refuse_later(self, step: int) -> None:
+        """The newest checkpoint is that of the highest step, so there must be no other future."""
+        latest = self.latest
+        if latest is not None and step_of(latest) > step:
+            raise ValueError(
+                f"{latest} is there, but training is at step {step}, so {latest.name} is not what "
+                "it will come to: move later ones away, or save to another directory"
+            )
 
     def _all_have_written(self) -> bool:
         assert self._pending is not None

@@ -101,8 +101,13 @@ def committed(directory: str | Path, disk: Disk = DISK) -> list[Path]:
     """The checkpoints ``step-...`` of a directory, the oldest first; a save under way is none."""
     directory = Path(directory)
     names = [name for name in disk.names(directory) or () if STEP.fullmatch(name)]
-    paths = [directory / name for name in sorted(names, key=lambda name: int(name[5:]))]
+    paths = sorted((directory / name for name in names), key=step_of)
     return [path for path in paths if disk.size(path / MANIFEST) is not None]
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint, by its name."""
+    return int(path.name.removeprefix("step-"))
 
 
 def tidy(directory: Path, disk: Disk) -> None:

@@ -104,7 +104,8 @@ def restore_params(
 def _open(path: Path, plan: Plan, comm: Comm, verify: bool, disk: Disk) -> Reader:
     plan.check_mesh(comm)
     manifest = together(lambda: read_manifest(path, disk), comm)
-    check_agreement(digest(to_bytes(manifest)), f"manifest of {path}", comm)
+    text = f"step {manifest.step}\nmanifest {digest(to_bytes(manifest))}"
+    check_agreement(text, "checkpoint", comm)
     return Reader(path, manifest, verify, disk)
 
 

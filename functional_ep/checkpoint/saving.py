@@ -195,9 +195,10 @@ def _checked(state: State, plan: Plan, comm: Comm, extras: Extras) -> tuple[list
     for name in extras.files:
         if not name or name != Path(name).name or len(name.encode()) > NAME_BYTES:
             raise ValueError(f"files[{name!r}]: a plain file name is needed, without directories")
+    parts = parts_of(state, plan, comm)
     leaves = [f"{leaf}: {leaf.dtype}, label {leaf.label!r}" for leaf in plan.leaves]
     moments = [f"{label}: moments {sorted(its)}" for label, its in state.opt.items()]
-    return parts_of(state, plan, comm), "\n".join([metadata, *leaves, *moments])
+    return parts, "\n".join([metadata, *leaves, *moments])
 
 
 def _content(name: str, given: Content) -> bytes:
