@@ -121,9 +121,9 @@ functional_ep.huggingface.files   <- huggingface.lazy huggingface.names huggingf
                                      safetensors_file
 functional_ep.huggingface.companions <-
 functional_ep.huggingface.stream  <- box huggingface.lazy huggingface.names sharding sharding.mesh
-functional_ep.huggingface.dump    <- huggingface.companions huggingface.files huggingface.lazy
-                                     huggingface.lora huggingface.names huggingface.source
-                                     huggingface.stream safetensors_file sharding
+functional_ep.huggingface.dump    <- agreement huggingface.companions huggingface.files
+                                     huggingface.lazy huggingface.lora huggingface.names
+                                     huggingface.source huggingface.stream safetensors_file sharding
 functional_ep.huggingface.recording <-
 functional_ep.huggingface.skeleton <-
 functional_ep.huggingface.idle    <-

@@ -6,13 +6,14 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from functional_ep.agreement import together
 from functional_ep.huggingface.companions import write_companions
 from functional_ep.huggingface.files import Files, write_headers
 from functional_ep.huggingface.lazy import Lazy, read
@@ -35,7 +36,7 @@ def write(
 ) -> None:
     """See :func:`functional_ep.to_huggingface`."""
     path = Path(path)
-    _together(comm, "checking", lambda: _refuse_existing(path))
+    together(lambda: _refuse_existing(path), comm)
     held = dict(
         zip((leaf.path for leaf in plan.leaves), plan.check_shards(shards, comm), strict=True)
     )
@@ -57,14 +58,14 @@ def write(
             module.skeleton.peft_config[adapter].save_pretrained(growing)
 
     try:
-        _together(comm, "preparing", prepare if comm.rank == 0 else _nothing)
+        together(prepare if comm.rank == 0 else _nothing, comm)
         writer, gathering = _Writer(growing, tensors, files, comm), Gathering(held, plan, comm)
         for batch in batches_of(tensors, plan):
             whole.update(gathering.whole(batch.leaves))
             writer.write(batch.tensors)
             whole.clear()
-        _together(comm, "writing", writer.finish)
-        _together(comm, "naming", (lambda: _rename(growing, path)) if comm.rank == 0 else _nothing)
+        together(writer.finish, comm)
+        together((lambda: _rename(growing, path)) if comm.rank == 0 else _nothing, comm)
     except BaseException:
         if comm.rank == 0:
             shutil.rmtree(growing, ignore_errors=True)
@@ -171,20 +172,3 @@ def _sync(path: Path) -> None:
         os.fsync(place)
     finally:
         os.close(place)
-
-
-def _together(comm: Comm, what: str, action: Callable[[], None]) -> None:
-    """Act, wait for all ranks, and fail on all of them if one has failed."""
-    error: Exception | None = None
-    try:
-        action()
-    except Exception as raised:
-        error = raised
-    failed = torch.zeros(comm.mesh.size, device=comm.device)
-    failed[comm.rank] = float(error is not None)
-    (failed,) = comm.all_reduce([failed], comm.mesh.axes)
-    if error is not None:
-        raise error
-    if failed.any():
-        rank = int(failed.argmax())
-        raise RuntimeError(f"rank {rank} failed in {what} the directory; its error says why")
