@@ -61,12 +61,17 @@ def batch(
     True
     """
     _check_train(text, length)
-    digest = blake2b(f"{seed}/{step}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    generator = torch.Generator().manual_seed(seed_of(f"{seed}/{step}"))
     starts = torch.randint(len(text) - length, (sequences,), generator=generator)
     mine = starts[share(sequences, rank, ranks)]
     rows = text[mine[:, None] + torch.arange(length + 1)].long()
     return {"input_ids": rows[:, :-1], "labels": rows[:, 1:]}
+
+
+def seed_of(text: str) -> int:
+    """A seed for a generator, another for every text."""
+    digest = blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 def windows(

@@ -68,16 +68,18 @@ def read(path: str | Path) -> list[Record]:
 
 
 @contextmanager
-def journal(path: Path, steps: int) -> Iterator[Callable[[Record], None]]:
+def journal(path: Path, steps: int, done: int = 0) -> Iterator[Callable[[Record], None]]:
     """A function that writes each record it is given to ``path`` at once, and shows it on a bar.
 
     The bar is on standard error, and only where that is a terminal; evaluations get a line of
-    their own everywhere.
+    their own everywhere. The records of the first ``done`` steps stay; later ones are of steps that
+    are made again.
     """
     from tqdm import tqdm
 
-    bar = tqdm(total=steps, unit="step", disable=None, dynamic_ncols=True)
-    with bar, open(path, "w", encoding="utf-8") as file:
+    _cut(path, done)
+    bar = tqdm(total=steps, initial=done, unit="step", disable=None, dynamic_ncols=True)
+    with bar, open(path, "a", encoding="utf-8") as file:
 
         def log(entry: Record) -> None:
             file.write(line(entry))
@@ -91,6 +93,14 @@ def journal(path: Path, steps: int) -> Iterator[Callable[[Record], None]]:
                 )
 
         yield log
+
+
+def _cut(path: Path, done: int) -> None:
+    """Leave the records of the first steps, at every moment in one piece."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if done else []
+    shorter = path.with_name(f".{path.name}.incomplete")
+    shorter.write_text("".join(lines[:done]), encoding="utf-8")
+    shorter.replace(path)
 
 
 def require_extras() -> None:

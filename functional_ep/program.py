@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -18,7 +19,7 @@ from .config import Recipe
 from .data import Batch
 from .huggingface import from_huggingface, to_huggingface
 from .huggingface.idle import standing_in
-from .optim import adamw
+from .optim import Optimizer, adamw
 from .schedules import cosine
 from .state import State, init_state
 from .train_step import make_train_step
@@ -39,12 +40,13 @@ class Program(NamedTuple):
 
     description: str
     parameters: int
+    plan: Plan
     vocabulary: Vocabulary
     tokens: int  # that the model knows
     loss: Loss  # as in evaluation, without dropout
     logits: Callable[[Any, Tensor], Tensor]
     step: Callable[[State, Batch], tuple[State, dict[str, Tensor]]]
-    state: State
+    start: Callable[[], State]  # the state before the first step
     save: Callable[[State, Path], None]  # weights for other programs
 
 
@@ -56,8 +58,14 @@ def build(comm: Comm, recipe: Recipe, device: torch.device) -> Program:
     """
     if not recipe.weights:
         return _from_scratch(comm, recipe, device)
-    try:
+    with _startable():
         return _from_weights(comm, recipe)
+
+
+@contextmanager
+def _startable() -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError) as error:
         raise CannotStart(error) from error
 
@@ -68,16 +76,17 @@ def _from_scratch(comm: Comm, recipe: Recipe, device: torch.device) -> Program:
     params = optree.tree_map(lambda leaf: leaf.to(device), params)
     plan = make_plan(params, lm.labels, RULES, comm.mesh, PRECISION[recipe.precision])
     loss = lm.loss(cfg, plan, comm, backward="regather")
-    step, state = _training(recipe, plan, comm, loss, plan.shard(params, comm))
+    tx = _optimizer(recipe)
     return Program(
         f"{cfg.layers} layers, {cfg.experts} experts, top-{cfg.top_k}",
         _size(plan),
+        plan,
         bytewise(),
         cfg.vocab,
         loss,
         lm.apply(cfg, plan, comm),
-        step,
-        state,
+        make_train_step(loss, plan, tx, comm, clip=recipe.clip, donate=True),
+        lambda: init_state(plan.shard(params, comm), plan, tx),
         lambda state, path: None,
     )
 
@@ -87,28 +96,30 @@ def _from_weights(comm: Comm, recipe: Recipe) -> Program:
     model = from_huggingface(directory, dtype=torch.float32)
     plan = make_plan(model.shapes, model.labels, RULES, comm.mesh, PRECISION[recipe.precision])
     apply, embeddings = model.apply(plan, comm), cast(Any, model.skeleton.get_input_embeddings())
-    step, state = _training(recipe, plan, comm, model.loss(plan, comm), model.load(plan, comm))
+    loss, tx = model.loss(plan, comm), _optimizer(recipe)
+
+    def start() -> State:
+        with _startable():
+            return init_state(model.load(plan, comm), plan, tx)
+
     return Program(
         type(model.skeleton).__name__,
         _size(plan),
+        plan,
         of_directory(directory),
         embeddings.weight.shape[0],
         model.loss(plan, comm, training=False),
         lambda shards, ids: apply(shards, **standing_in({"input_ids": ids})).logits[: len(ids)],
-        step,
-        state,
+        make_train_step(loss, plan, tx, comm, clip=recipe.clip, donate=True),
+        start,
         lambda state, path: to_huggingface(path, state.params, plan, comm, model),
     )
 
 
-def _training(
-    recipe: Recipe, plan: Plan, comm: Comm, loss: Loss, shards: Any
-) -> tuple[Callable[..., tuple[State, dict[str, Tensor]]], State]:
+def _optimizer(recipe: Recipe) -> Optimizer:
     warmup = int(recipe.warmup * recipe.steps)
     schedule = cosine(recipe.lr, warmup=warmup, total=recipe.steps)
-    tx = adamw(schedule, weight_decay=recipe.weight_decay)
-    step = make_train_step(loss, plan, tx, comm, clip=recipe.clip, donate=True)
-    return step, init_state(shards, plan, tx)
+    return adamw(schedule, weight_decay=recipe.weight_decay)
 
 
 def _size(plan: Plan) -> int:

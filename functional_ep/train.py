@@ -20,6 +20,9 @@ from .config import Recipe
 from .corpus import Corpus, fingerprint
 from .data import Baselines, Batch
 from .program import CannotStart, Loss, Program, build
+from .progress import Progress, saving
+from .state import State
+from .stopping import Stopped, Wish
 from .vocabulary import Vocabulary
 
 PROMPT = b"def "
@@ -29,14 +32,12 @@ Log = Callable[[metrics.Record], None]
 
 
 class Report(NamedTuple):
-    """What a run came to. ``seconds`` counts the steps only; ``sample`` is empty but on rank 0."""
+    """What a run came to. ``sample`` is empty but on rank 0."""
 
     description: str
     valid_bits_per_byte: float
     baselines: Baselines
     parameters: int
-    seconds: float
-    tokens: int
     sample: str
 
 
@@ -48,42 +49,53 @@ def train(
     device: torch.device,
     log: Log,
     weights: Path | None = None,
+    progress: Progress | None = None,
+    wish: Wish | None = None,
 ) -> Report:
     """Train ``recipe`` on ``corpus``; ``log`` is called with one record for each step.
 
     The records are the same, up to rounding and speed, on every rank of every mesh. Where weights
-    were loaded they are written to the directory ``weights`` at the end.
+    were loaded they are written to the directory ``weights`` at the end. With ``progress`` states
+    are saved on the way, and the newest is gone on with: the numbers are those of a run that never
+    stopped, to the bit on the same mesh.
 
     Raises:
         ValueError: on every rank, when they have not read the same corpus, or cannot start with it.
         FloatingPointError: on every rank, when the loss is no longer finite.
+        Stopped: on every rank, after the step in which one of them was asked to stop.
     """
     check_agreement(fingerprint(corpus), "corpus", comm)
-    program = build(comm, recipe, device)
-    state, text = program.state, _encoded(program, corpus.train, recipe)
+    program, wish = build(comm, recipe, device), Wish() if wish is None else wish
+    text = _encoded(program, corpus.train, recipe)
     valid = corpus.valid[: recipe.eval_bytes]
     baselines = data.baselines(valid)
     bytes_per_token = len(corpus.train) / len(text)
-    seconds, tokens, entry = 0.0, 0, metrics.Record()
-    for number in range(1, recipe.steps + 1):
-        started = perf_counter()
-        state, measured = program.step(state, _batch(text, recipe, number - 1, comm, device))
-        entry = metrics.record(number, measured, bytes_per_token)
-        elapsed = perf_counter() - started
-        entry["tokens_per_s"] = entry["count"] / elapsed
-        seconds, tokens = seconds + elapsed, tokens + entry["count"]
-        _refuse_infinite(entry, recipe, log)
-        if number % recipe.eval_every == 0 or number == recipe.steps:
-            entry["valid_bits_per_byte"] = evaluate(
-                program.loss, program.vocabulary, state.params, valid, recipe, comm, device
-            )
-            entry |= baselines._asdict()
-        log(entry)
+
+    def judge(state: State) -> float:
+        place = valid, recipe, comm, device
+        return evaluate(program.loss, program.vocabulary, state.params, *place)
+
+    with saving(progress, recipe, corpus, program.plan, comm) as saved:
+        state, bits = saved.start(program.start), math.nan
+        for number in range(int(state.step) + 1, recipe.steps + 1):
+            started = perf_counter()
+            _seed(recipe, number - 1, comm)
+            state, measured = program.step(state, _batch(text, recipe, number - 1, comm, device))
+            entry = metrics.record(number, measured, bytes_per_token)
+            entry["tokens_per_s"] = entry["count"] / (perf_counter() - started)
+            _refuse_infinite(entry, recipe, log)
+            if number % recipe.eval_every == 0 or number == recipe.steps:
+                entry["valid_bits_per_byte"] = bits = judge(state)
+                entry |= baselines._asdict()
+            log(entry)
+            if number < recipe.steps and wish.granted(comm):
+                raise Stopped(wish, number, saved.now(state))
+            saved.keep(state, last=number == recipe.steps)
     sample = generate(program.logits, program.vocabulary, state.params, recipe, comm, device)
     if weights is not None:
         program.save(state, weights)
-    bits = entry["valid_bits_per_byte"]
-    return Report(program.description, bits, baselines, program.parameters, seconds, tokens, sample)
+    bits = judge(state) if math.isnan(bits) else bits
+    return Report(program.description, bits, baselines, program.parameters, sample)
 
 
 def _encoded(program: Program, text: Tensor, recipe: Recipe) -> Tensor:
@@ -170,6 +182,11 @@ def _batch(text: Tensor, recipe: Recipe, step: int, comm: Comm, device: torch.de
         ),
         device,
     )
+
+
+def _seed(recipe: Recipe, step: int, comm: Comm) -> None:
+    """Random numbers, of dropout say, from the step as well: none before it has to be drawn."""
+    torch.manual_seed(data.seed_of(f"{recipe.seed}/{step}/{comm.rank}"))
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:

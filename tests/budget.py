@@ -14,3 +14,8 @@ def one_in(n: int) -> settings:
 def real(n: int) -> settings:
     """The same for real ranks, which restart at a failure: shrinking is for simulated ones."""
     return settings(one_in(n), phases=[Phase.explicit, Phase.reuse, Phase.generate])
+
+
+def rounds(ci: int, nightly: int) -> int:
+    """How often to do what takes seconds each time."""
+    return nightly if settings.get_current_profile_name() == "nightly" else ci

@@ -60,7 +60,7 @@ class Farm:
         """Start the processes, unless they are there."""
         if self.processes:
             return
-        context, port = get_context("spawn"), _free_port()
+        context, port = get_context("spawn"), free_port()
         for rank in range(self.size):
             ours, theirs = context.Pipe()
             arguments = (rank, self.size, port, self.join, theirs)
@@ -186,7 +186,7 @@ def _name(program: Any) -> str:
     return f"{program.__module__}:{program.__qualname__}"
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -53,7 +53,9 @@ sharding.distributed.pairwise <- buffers comm distributed.gloo distributed.link 
                                distributed.parcel distributed.ranks distributed.segments
                                distributed.shared mesh plain
 sharding.distributed.nccl   <- comm distributed.ranks mesh
-sharding.distributed        <- distributed.nccl distributed.pairwise distributed.ranks mesh
+sharding.distributed.rendezvous <-
+sharding.distributed        <- distributed.nccl distributed.pairwise distributed.ranks
+                               distributed.rendezvous mesh
 sharding.__init__           <- comm distributed gather leaf mesh plan reshard rule sharded
                                simulate
 sharding.recording          <- comm mesh simulate
@@ -150,10 +152,16 @@ functional_ep.config        <- lm
 functional_ep.vocabulary    <-
 functional_ep.program       <- config data huggingface huggingface.idle lm optim schedules state
                                train_step vocabulary sharding
-functional_ep.train         <- agreement config corpus data metrics program vocabulary
-                               sharding sharding.collectives
-functional_ep.cli           <- config corpus data huggingface malloc metrics plot program train
-                               vocabulary sharding sharding.distributed
+functional_ep.stopping      <- sharding sharding.collectives
+functional_ep.progress      <- agreement checkpoint checkpoint.disk checkpoint.folder config corpus
+                               program state sharding
+functional_ep.train         <- agreement config corpus data metrics program progress state stopping
+                               vocabulary sharding sharding.collectives
+functional_ep.job           <- config corpus data huggingface progress vocabulary sharding
+functional_ep.report        <- config job metrics plot stopping train sharding
+functional_ep.commands      <- checkpoint job malloc metrics report stopping
+                               sharding sharding.distributed
+functional_ep.cli           <- commands config program stopping
 functional_ep.__main__      <- cli
 """
 
@@ -161,7 +169,7 @@ FILE_LINES = 260
 FUNCTION_LINES = 45  # without the docstring
 READS_ENVIRONMENT = {
     "sharding.distributed",
-    "functional_ep.cli",
+    "functional_ep.commands",
     "examples.benchmarks.collectives",
     "examples.benchmarks.train_step",
 }

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from sharding.distributed.nccl import NcclComm
 from sharding.distributed.pairwise import PairwiseComm
 from sharding.distributed.ranks import DistributedComm
+from sharding.distributed.rendezvous import fresh_store
 from sharding.mesh import Mesh
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -63,8 +64,13 @@ def distributed(
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if ours:
+        store, rank, ranks = fresh_store(timeout)
         dist.init_process_group(
-            "nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=timeout)
+            "nccl" if device == "cuda" else "gloo",
+            timeout=timedelta(seconds=timeout),
+            store=store,
+            rank=rank,
+            world_size=ranks,
         )
     try:
         kind = NcclComm if device == "cuda" else PairwiseComm

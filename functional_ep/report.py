@@ -1,0 +1,82 @@
+"""What a run says and leaves behind: a journal, a plot, and its last words."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+from sharding import Comm
+
+from . import config, metrics
+from .job import JOURNAL, WEIGHTS, Job
+from .metrics import Record
+from .plot import plot
+from .stopping import Wish
+from .train import Log, Report, train
+
+
+def run(comm: Comm, job: Job, wish: Wish) -> Report:
+    """The program of one rank: train, and on rank 0 keep a journal, draw the plot and say it."""
+    recipe, corpus, _, device, out, progress = job
+    weights = out / WEIGHTS if recipe.weights else None
+
+    def go(log: Log) -> Report:
+        return train(
+            comm,
+            recipe,
+            corpus,
+            device=device,
+            log=log,
+            weights=weights,
+            progress=progress,
+            wish=wish,
+        )
+
+    if comm.rank > 0:
+        return go(lambda _: None)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "recipe.toml").write_text(config.dumps(recipe), encoding="utf-8")
+    print(corpus.origin)
+    if progress.step:
+        print(f"going on after step {progress.step}; --restart begins anew")
+    with metrics.journal(out / JOURNAL, recipe.steps, progress.step) as log:
+        report = go(log)
+    records = metrics.read(out / JOURNAL)
+    plot(records, out / "training.png", title=headline(report, job, records))
+    print(summary(report, job, records))
+    return report
+
+
+def headline(report: Report, job: Job, records: Sequence[Record]) -> str:
+    """One line on model and mesh."""
+    tokens, seconds = _spent(records)
+    return (
+        f"{report.parameters / 1e6:.1f} M parameters: {report.description}; {job.mesh}, "
+        f"{tokens / seconds:,.0f} tokens/s"
+    )
+
+
+def summary(report: Report, job: Job, records: Sequence[Record]) -> str:
+    """The last words of a run."""
+    unigram, xz = report.baselines
+    predicted = min(job.recipe.eval_bytes, len(job.corpus.valid)) - 1
+    written = f"\n{job.out / WEIGHTS}" if job.recipe.weights else ""
+    tokens, seconds = _spent(records)
+    return f"""
+{headline(report, job, records)}
+{tokens:,} tokens in {seconds / 60:.1f} minutes of training
+
+validation, {predicted:,} bytes      bits per byte
+  this model        {report.valid_bits_per_byte:.3f}
+  xz -9e            {xz:.3f}
+  unigram entropy   {unigram:.3f}
+
+{textwrap.indent(report.sample, "  | ", lambda _: True)}
+
+{job.out / JOURNAL}
+{job.out / "training.png"}{written}"""
+
+
+def _spent(records: Sequence[Record]) -> tuple[int, float]:
+    """Tokens, and seconds of steps, over all starts of a run."""
+    return sum(r["count"] for r in records), sum(r["count"] / r["tokens_per_s"] for r in records)
