@@ -85,6 +85,7 @@ def make_train_step(
         _check_state(state, batches)
         if donate and torch._C._are_functorch_transforms_active():
             raise ValueError("donate=True under a transform: a transform needs its inputs later")
+        comm.at(state.step)
         check_agreement(structure_of(batches), "batch", comm)
         shards = plan.check_shards(state.params, comm)
         grads, total, count, aux = accumulate(loss, plan, shards, batches)  # of trained leaves

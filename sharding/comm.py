@@ -10,12 +10,14 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from .mesh import Axes, Mesh
+from .place import Place
 from .plain import outside_transforms, plain
 
 Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all"]
@@ -93,6 +95,7 @@ class Comm(ABC):
         self.rank = rank
         self.coords = mesh.coords(rank)
         self.device = torch.device("cpu")  # of what travels without having come from elsewhere
+        self.place = Place()
         self.in_flight: dict[int, Work] = {}  # started by a differentiable collective, not awaited
         self._fibers: dict[Axes, tuple[int, ...]] = {}
 
@@ -114,6 +117,16 @@ class Comm(ABC):
         other.mesh, other.coords = mesh, mesh.coords(self.rank)
         other.in_flight, other._fibers = {}, {}
         return other
+
+    def at(self, step: int | Tensor) -> None:
+        """Step ``step`` begins: the table of ranks that part ways says so.
+
+        >>> from sharding import simulate
+        >>> simulate(lambda comm: (comm.at(7), str(comm.place)[:9]), Mesh(ep=2))[0][1]
+        'in step 7'
+        """
+        with suppress(RuntimeError):  # the lanes of a vmap are at no one step
+            self.place.begin(int(step))
 
     def fiber(self, axes: Axes) -> tuple[int, ...]:
         """The ranks of this rank's fiber along ``axes``, in order."""

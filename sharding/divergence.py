@@ -14,6 +14,8 @@ from torch import Tensor
 from .comm import Op
 from .mesh import Mesh
 
+MOST = 20  # tensors that a message names
+
 
 class Started(Protocol):
     """A collective that a rank has started."""
@@ -50,6 +52,19 @@ def mismatch(works: Mapping[int, Started]) -> str:
         ):
             return f"What rank {r} sends to rank {s} is not what rank {s} expects, or the reverse"
     return ""
+
+
+def kinds(xs: Sequence[Tensor], skip: int = 0, most: int = MOST) -> str:
+    """Dtypes and shapes in a few words, without the first ``skip`` dims.
+
+    >>> import torch
+    >>> kinds([torch.zeros(2, 3), torch.zeros(5)])
+    '[float32[2, 3], float32[5]]'
+    >>> kinds([torch.zeros(2)] * 3, most=1)
+    '[float32[2] and 2 more]'
+    """
+    named = ", ".join([f"{str(x.dtype)[6:]}{list(x.shape[skip:])}" for x in xs[:most]])
+    return f"[{named} and {len(xs) - most} more]" if len(xs) > most else f"[{named}]"
 
 
 def where(thread: Thread | None) -> str:

@@ -41,7 +41,7 @@ class Recording(Comm):
 
     def __init__(self, comm: Comm) -> None:
         super().__init__(comm.mesh, comm.rank)
-        self.comm = comm
+        self.comm, self.place = comm, comm.place
         self.events: list[Event] = []
 
     def _start(self, op: Op, xs: list[Tensor]) -> Work:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._functorch.eager_transforms import jvp_increment_nesting
 
 from .comm import Comm, Divergence, Op, Work, specification
-from .divergence import mismatch, table, where
+from .divergence import kinds, mismatch, table, where
 from .mesh import Mesh
 from .streams import put, stand
 
@@ -100,8 +100,7 @@ class _Work:
         return self.result
 
     def __str__(self) -> str:
-        shapes = ", ".join(f"{str(x.dtype)[6:]}{list(x.shape)}" for x in self.xs)
-        return f"{self.op} of [{shapes}], no. {self.number} among ranks {self.fiber}"
+        return f"{self.op} of {kinds(self.xs)}, no. {self.number} among ranks {self.fiber}"
 
 
 class _SimulatedComm(Comm):
@@ -234,8 +233,7 @@ class _World:
         states: list[str] = []
         for r, rank in enumerate(self.ranks):
             work = current if current is not None and current.comm.rank == r else rank.awaits
-            if work is not None:
-                states.append(f"at {work}{where(rank.thread)}")
-            else:
-                states.append("has returned" if rank.ended else f"running{where(rank.thread)}")
+            doing = "running" if work is None else f"at {work}"
+            when = self.comms[r].place.when
+            states.append("has returned" if rank.ended else f"{when}{doing}{where(rank.thread)}")
         return table(headline, self.mesh, states)

@@ -71,8 +71,8 @@ class Farm:
             self.pipes.append(ours)
 
     def stop(self) -> None:
-        """End the processes."""
-        for pipe, process in zip(self.pipes, self.processes, strict=True):
+        """End the processes; rank 0, which holds their store, last."""
+        for pipe, process in zip(self.pipes[::-1], self.processes[::-1], strict=True):
             pipe.close()
             process.terminate()
             process.join()
@@ -187,6 +187,7 @@ def _name(program: Any) -> str:
 
 
 def free_port() -> int:
+    """A port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -91,8 +91,8 @@ def leave(comm: Comm, rank: int) -> None:
 def check_divergence(error: BaseException, rank: int, why: str) -> None:
     message = str(error)
     other = 1 - rank
-    assert f"rank {other} {{'ep': {other}}} is at all_reduce(axes=('ep',))" in message
-    assert "its collective no. 2" in message
+    at = "is at its collective no. 2, all_reduce(axes=('ep',)) of [float32[5]]"
+    assert f"rank {other} {{'ep': {other}}} {at}" in message
     assert f"rank {rank} {{'ep': {rank}}} {why}" in message
 
 

@@ -27,7 +27,8 @@ sharding.tree               <-
 sharding.node               <-
 sharding.streams            <-
 sharding.plain              <-
-sharding.comm               <- mesh plain
+sharding.place              <-
+sharding.comm               <- mesh place plain
 sharding.rule               <- mesh
 sharding.collectives        <- comm mesh node
 sharding.gather             <- collectives comm mesh rule
@@ -45,13 +46,14 @@ sharding.buffers            <-
 sharding.distributed.segments <-
 sharding.distributed.parcel <- distributed.segments
 sharding.distributed.link   <- distributed.parcel
-sharding.distributed.gloo   <- buffers distributed.parcel
+sharding.distributed.gloo   <- buffers distributed.link distributed.parcel
 sharding.distributed.shared <- distributed.link distributed.parcel distributed.segments
 sharding.distributed.meet   <-
-sharding.distributed.ranks  <- comm mesh
+sharding.distributed.watch  <- divergence place
+sharding.distributed.ranks  <- comm distributed.watch divergence mesh
 sharding.distributed.pairwise <- buffers comm distributed.gloo distributed.link distributed.meet
                                distributed.parcel distributed.ranks distributed.segments
-                               distributed.shared mesh plain
+                               distributed.shared divergence mesh plain
 sharding.distributed.nccl   <- comm distributed.ranks mesh
 sharding.distributed.rendezvous <-
 sharding.distributed        <- distributed.nccl distributed.pairwise distributed.ranks

@@ -17,6 +17,7 @@ from sharding.distributed.ranks import DistributedComm
 from sharding.distributed.rendezvous import fresh_store
 from sharding.mesh import Mesh
 
+LONGEST = 200  # bytes of an error that other ranks are told of
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -81,8 +82,10 @@ def distributed(
         comm = kind(mesh, dist.get_rank(), devices, timeout)
         try:
             yield comm
-        finally:
-            comm.close()
+        except BaseException as error:
+            comm.close(repr(error)[:LONGEST])
+            raise
+        comm.close()
     finally:
         if ours:
             dist.destroy_process_group()

@@ -54,6 +54,10 @@ class Link(Protocol):
         """Await a parcel of tensors like these, to be written into them if ``into``."""
         ...
 
+    def gone(self) -> str:
+        """How it is known that the other rank has gone; nothing if it is not known."""
+        ...
+
     def close(self) -> None:
         """Give back what the link holds."""
         ...

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from sharding.buffers import Buffers
-from sharding.comm import Divergence, Op, Then, Work, ordered_sum
+from sharding.comm import Op, Then, Work, ordered_sum
 from sharding.distributed.gloo import GlooLink
 from sharding.distributed.link import Arrival, Link, Mismatch, Sending
 from sharding.distributed.meet import meet
@@ -25,11 +25,12 @@ from sharding.distributed.parcel import Parcel
 from sharding.distributed.ranks import DistributedComm
 from sharding.distributed.segments import Outbox
 from sharding.distributed.shared import SharedLink
+from sharding.divergence import MOST, kinds
 from sharding.mesh import Mesh
 from sharding.plain import outside_transforms
 
 ONE_HOP = 1 << 18  # bytes up to which an all-reduce sends everything to everyone at once
-MOST, LONGEST = 20, 1000  # tensors that a message names; bytes of their names
+LONGEST = 900  # bytes of the names of tensors
 
 T = TypeVar("T")
 Parts = dict[int, list[Tensor]]  # what has come, by the sender's place in the fiber
@@ -38,13 +39,14 @@ Parts = dict[int, list[Tensor]]  # what has come, by the sender's place in the f
 class Exchange:
     """A collective under way: what goes to and comes from each of the others of its fiber."""
 
-    def __init__(self, comm: PairwiseComm, op: Op, about: bytes) -> None:
-        self.comm, self.op, self.about = comm, op, about
+    def __init__(self, comm: PairwiseComm, op: Op, xs: Sequence[Tensor]) -> None:
+        self.comm, self.op, self.kinds = comm, op, _kinds(op, xs)
+        # What all ranks of the fiber say alike of it.
+        self.about = f"{op.kind}{op.axes} of {self.kinds}".encode()
         self.sent: list[tuple[int, Sending]] = []
         self.awaited: dict[int, tuple[int, Arrival]] = {}
         self.finish: Callable[[Parts], list[Tensor]] = lambda _: []
-        comm.started += 1
-        self.number = comm.started
+        self.number = comm.place.start(op, self.kinds)
 
     def send(self, parcel: Parcel, peer: int) -> None:
         sending = self._attempt(peer, lambda: self.comm.links[peer].send(parcel))
@@ -57,6 +59,8 @@ class Exchange:
         self.awaited[place] = peer, arrival
 
     def wait(self) -> list[Tensor]:
+        here = self.comm.place
+        here.wait(self.number, self.op, self.kinds)
         with outside_transforms():
             parts = {
                 place: self._attempt(peer, arrival.wait)
@@ -66,7 +70,8 @@ class Exchange:
             for peer, sending in self.sent:
                 self._attempt(peer, sending.wait)
             self._release()
-            return result
+        here.go_on(self.number, self.op, self.kinds)
+        return result
 
     def _release(self) -> None:
         while self.awaited:
@@ -85,26 +90,22 @@ class Exchange:
         try:
             return act()
         except (RuntimeError, OSError) as error:
+            self.comm.unsettled += self.sent  # what has been said, others may still want to hear
             self.sent, self.awaited = [], {}
-            raise Divergence(self._describe(peer, error)) from error
+            gone = {r: how for r, link in self.comm.links.items() if (how := link.gone())}
+            raise self.comm.parted(self._describe(peer, error), gone) from error
 
     def _describe(self, peer: int, error: Exception) -> str:
         comm, mesh = self.comm, self.comm.mesh
         other = f"rank {peer} {mesh.coords(peer)}"
         if isinstance(error, Mismatch):
             problem = f"{other} has sent something else: {error}"
-        elif isinstance(error, TimeoutError):
-            problem = f"{other} did not join it within {comm.timeout:g} s ({error})"
         elif isinstance(error, ConnectionError):
             problem = f"{other} has gone ({error}): see its own error, if it has printed one"
         else:
-            problem = f"{other} did not join it within {comm.timeout:g} s or has gone ({error})"
-        about = self.about.decode(errors="replace")
-        return (
-            f"rank {comm.rank} {comm.coords} is at {self.op}, {about}, its "
-            f"collective no. {self.number}; {problem}. Every rank of a fiber must start the same "
-            "collectives in the same order, also a rank with no tokens."
-        )
+            problem = f"{other} did not join it within {comm.timeout:g} s ({error})"
+        this = comm.place.collective(self.number, self.op, self.kinds)
+        return f"rank {comm.rank} {comm.coords} is at {this}; {problem}."
 
 
 class PairwiseComm(DistributedComm):
@@ -114,6 +115,7 @@ class PairwiseComm(DistributedComm):
         super().__init__(mesh, rank, devices, timeout)
         self.buffers, self.outbox = Buffers(), Outbox()
         self.abandoned: list[tuple[list[Sending], list[Arrival]]] = []
+        self.unsettled: list[tuple[int, Sending]] = []  # when ranks parted ways
         near = meet(rank, mesh.size, timeout)
         self.links: dict[int, Link] = {
             peer: SharedLink(peer, near[peer], self.outbox, timeout)
@@ -128,9 +130,15 @@ class PairwiseComm(DistributedComm):
             link.neighbours = shared
         _close_in_children(self)
 
-    def close(self) -> None:
-        with suppress(RuntimeError, OSError):
-            self._settle()
+    def close(self, how: str = "") -> None:
+        if not how:
+            with suppress(RuntimeError, OSError):
+                self._settle()
+        super().close(how)
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Give back what the links hold."""
         for link in self.links.values():
             link.close()
         self.outbox.close()
@@ -166,7 +174,7 @@ class PairwiseComm(DistributedComm):
         n, me = len(self.fiber(op.axes)), self.index(op.axes)
         out = [self.buffers.take((n * len(x), *x.shape[1:]), x) for x in xs]
         slices = [y.view(n, *x.shape) for x, y in zip(xs, out, strict=True)]
-        exchange = Exchange(self, op, _about(op, xs))
+        exchange = Exchange(self, op, xs)
         parcel = Parcel(xs, exchange.about)
         for place, peer in self._peers(op):
             exchange.receive([y[place] for y in slices], place, peer, into=True)
@@ -179,7 +187,7 @@ class PairwiseComm(DistributedComm):
         n, me = len(self.fiber(op.axes)), self.index(op.axes)
         slices = [x.view(n, len(x) // n, *x.shape[1:]) for x in xs]
         mine = [s[me] for s in slices]
-        exchange = Exchange(self, op, _about(op, xs))
+        exchange = Exchange(self, op, xs)
         for place, peer in self._peers(op):
             exchange.receive(mine, place, peer)
             exchange.send(Parcel([s[place] for s in slices], exchange.about), peer)
@@ -190,7 +198,7 @@ class PairwiseComm(DistributedComm):
         n, me = len(self.fiber(op.axes)), self.index(op.axes)
         if n > 2 and sum(x.nbytes for x in xs) > ONE_HOP:
             return self._two_hops(op, xs, n)
-        exchange = Exchange(self, op, _about(op, xs))
+        exchange = Exchange(self, op, xs)
         parcel = Parcel(xs, exchange.about)
         for place, peer in self._peers(op):
             exchange.receive(xs, place, peer)
@@ -219,7 +227,7 @@ class PairwiseComm(DistributedComm):
         out = [x.new_empty(sum(op.receive), *x.shape[1:]) for x in xs]
         sends = [x.split(op.send) for x in xs]
         receives = [y.split(op.receive) for y in out]
-        exchange = Exchange(self, op, _about(op, xs))
+        exchange = Exchange(self, op, xs)
         for place, peer in self._peers(op):
             exchange.receive([r[place] for r in receives], place, peer, into=True)
             exchange.send(Parcel([s[place] for s in sends], exchange.about), peer)
@@ -235,15 +243,16 @@ def _close_in_children(comm: PairwiseComm) -> None:
     def close() -> None:
         comm = known()
         if comm is not None:
-            comm.abandoned.clear()
-            comm.close()
+            comm.watch.closed = True
+            comm.let_go()
 
     os.register_at_fork(after_in_child=close)
 
 
-def _about(op: Op, xs: Sequence[Tensor]) -> bytes:
-    """What all ranks of the fiber say alike of a collective: how many rows go where may differ."""
+def _kinds(op: Op, xs: Sequence[Tensor]) -> str:
+    """Dtypes and shapes, but for how many rows go where: those may differ between ranks."""
     skip = 1 if op.kind == "all_to_all" else 0
-    shapes = ", ".join(f"{str(x.dtype)[6:]}{list(x.shape[skip:])}" for x in xs[:MOST])
-    more = f" and {len(xs) - MOST} more" if len(xs) > MOST else ""
-    return f"{op.kind}{op.axes} of [{shapes}{more}]".encode()[:LONGEST]
+    text = kinds(xs, skip)
+    if len(xs) <= MOST and len(text) <= LONGEST:
+        return text
+    return f"{text[:LONGEST]}, in all {hash(tuple([tuple(x.shape[skip:]) for x in xs])) % 2**32:x}"

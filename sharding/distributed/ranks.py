@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from sharding.comm import Comm
+from sharding.comm import Comm, Divergence
+from sharding.distributed.watch import Watch
+from sharding.divergence import table
 from sharding.mesh import Mesh
 
 
@@ -15,7 +20,17 @@ class DistributedComm(Comm):
         super().__init__(mesh, rank)
         self.devices = devices
         self.timeout = timeout
-        self.started = 0
+        store = dist.distributed_c10d._get_default_store()
+        self.watch = Watch(self.place, rank, mesh.size, store, self.overdue)
 
-    def close(self) -> None:
-        """Give back what only this comm uses; collectives end here."""
+    def overdue(self) -> str:
+        """What of this rank's collectives has not completed, where waiting does not show it."""
+        return ""
+
+    def parted(self, problem: str, gone: Mapping[int, str]) -> Divergence:
+        """The error of ranks that part ways, with a table of where all of them stand."""
+        return Divergence(table(problem, self.mesh, self.watch.states(gone)))
+
+    def close(self, how: str = "") -> None:
+        """Collectives end here; ``how`` says what went wrong, if something did."""
+        self.watch.close(how)

@@ -33,6 +33,7 @@ DESCRIPTOR = socket.CMSG_SPACE(array("i").itemsize)
 ROOM = INLINE + (1 << 12)
 FREED = 256  # segments that a notice gives back at the most
 ALIGN = 16  # bytes; what a small parcel starts at a multiple of
+ENDED = "its process has ended"
 
 
 class Notice(NamedTuple):
@@ -77,6 +78,13 @@ class SharedLink:
     def receive(self, like: Sequence[Tensor], into: bool, about: bytes) -> SharedArrival:
         self.awaited += 1
         return SharedArrival(self, self.awaited, like, into, about)
+
+    def gone(self) -> str:
+        if self.socket.fileno() < 0:
+            return ""
+        hung_up = select.poll()
+        hung_up.register(self.socket, 0)
+        return ENDED if hung_up.poll(0) else ""
 
     def close(self) -> None:
         self.socket.close()
@@ -159,7 +167,7 @@ class SharedLink:
         except BlockingIOError:
             raise TimeoutError(f"no message for {self.timeout:g} s") from None
         if not n:
-            raise ConnectionError("its process has ended")
+            raise ConnectionError(ENDED)
         if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
             raise OSError("a descriptor could not be received: too many files are open (ulimit -n)")
         segment, nbytes, freed, about = HEADER.unpack_from(message)
