@@ -9,6 +9,7 @@ from threading import Thread
 from types import FrameType
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from .comm import Op
@@ -57,7 +58,6 @@ def mismatch(works: Mapping[int, Started]) -> str:
 def kinds(xs: Sequence[Tensor], skip: int = 0, most: int = MOST) -> str:
     """Dtypes and shapes in a few words, without the first ``skip`` dims.
 
-    >>> import torch
     >>> kinds([torch.zeros(2, 3), torch.zeros(5)])
     '[float32[2, 3], float32[5]]'
     >>> kinds([torch.zeros(2)] * 3, most=1)
@@ -65,6 +65,18 @@ def kinds(xs: Sequence[Tensor], skip: int = 0, most: int = MOST) -> str:
     """
     named = ", ".join([f"{str(x.dtype)[6:]}{list(x.shape[skip:])}" for x in xs[:most]])
     return f"[{named} and {len(xs) - most} more]" if len(xs) > most else f"[{named}]"
+
+
+class Kinds:
+    """Dtypes and shapes of tensors that are not kept, put into words when they are asked for."""
+
+    def __init__(self, xs: Sequence[Tensor]) -> None:
+        self.kinds = [(x.dtype, x.shape) for x in xs]
+
+    def __str__(self) -> str:
+        return kinds(
+            [torch.empty(shape, dtype=dtype, device="meta") for dtype, shape in self.kinds]
+        )
 
 
 def where(thread: Thread | None) -> str:

@@ -105,7 +105,9 @@ def parting(program: Callable[[Comm], None], hosts: Sequence[int], port: int) ->
     return "", time.monotonic() - begun
 
 
-def in_turn(_: Comm, cases: Sequence[Any], ports: Sequence[int]) -> list[tuple[str, float]]:
+def in_turn(
+    _: Comm, cases: Sequence[tuple[Any, Any]], ports: Sequence[int]
+) -> list[tuple[str, float]]:
     """What this rank is told in each of the cases."""
     return [parting(*case, port) for case, port in zip(cases, ports, strict=True)]
 
@@ -129,8 +131,8 @@ PARTING: list[tuple[Callable[[Comm], None], str, str]] = [
     (is_stuck, STUCK, WAITS.format(3, 1)),
     (is_stopped, re.escape(SILENT), WAITS.format(4, 2)),
 ]
-WAITED_FOR = {is_stuck: ["shared", "gloo"], is_stopped: ["mixed"]}
-CASES = [(row, hosts) for row in PARTING for hosts in WAITED_FOR.get(row[0], list(HOSTS))]
+WAITED_FOR = {"is_stuck": ["shared", "gloo"], "is_stopped": ["mixed"]}
+CASES = [(row, hosts) for row in PARTING for hosts in WAITED_FOR.get(row[0].__name__, list(HOSTS))]
 Told = dict[tuple[str, str], list[tuple[str, float]]]
 
 
@@ -159,14 +161,15 @@ def rows(message: str) -> dict[int, str]:
 def test_all_that_wait_are_told_where_each_rank_stands(told: Told, row: Any, hosts: str) -> None:
     program, of_rank_2, of_others = row
     messages, after = zip(*told[program.__name__, hosts], strict=True)
-    waiting = [r for r in MESH if r != 2 or program not in WAITED_FOR]
+    waits = program.__name__ in WAITED_FOR
+    waiting = [r for r in MESH if r != 2 or not waits]
     tables = [rows(messages[r]) for r in waiting]
     for table in tables:
         assert re.match(of_rank_2, table[2]), table[2]
         assert all(re.match(of_others, table[r]) for r in (0, 1, 3)), table
         assert table == tables[0], "ranks were told different things"
     silence = ANSWER if program is is_stopped else 0.0
-    assert max(after) < (PATIENCE if program in WAITED_FOR else 0.0) + silence + MARGIN
+    assert max(after) < (PATIENCE if waits else 0.0) + silence + MARGIN
 
 
 # -- ranks that go away --------------------------------------------------------------------------

@@ -54,7 +54,8 @@ sharding.distributed.ranks  <- comm distributed.watch divergence mesh
 sharding.distributed.pairwise <- buffers comm distributed.gloo distributed.link distributed.meet
                                distributed.parcel distributed.ranks distributed.segments
                                distributed.shared divergence mesh plain
-sharding.distributed.nccl   <- comm distributed.ranks mesh
+sharding.distributed.overdue <- comm
+sharding.distributed.nccl   <- comm distributed.overdue distributed.ranks divergence mesh
 sharding.distributed.rendezvous <-
 sharding.distributed        <- distributed.nccl distributed.pairwise distributed.ranks
                                distributed.rendezvous mesh

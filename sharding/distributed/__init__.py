@@ -17,6 +17,7 @@ from sharding.distributed.ranks import DistributedComm
 from sharding.distributed.rendezvous import fresh_store
 from sharding.mesh import Mesh
 
+LATER = 30.0  # seconds after us that NCCL gives up as well, and ends the process
 LONGEST = 200  # bytes of an error that other ranks are told of
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -32,13 +33,18 @@ def distributed(
 
     Args:
         mesh: the ranks; its size is the number of processes.
-        timeout: seconds after which a collective that others do not join is a ``Divergence``
-            (gloo) or ended by NCCL's own watchdog.
+        timeout: seconds that a rank waits for another one in a collective, or that a collective
+            takes on CUDA. Then all ranks are asked where they stand, those that do not answer
+            within three seconds are taken for gone, and the ranks that wait raise a
+            ``Divergence`` with the table: on CPU at once, as when a rank is seen to be gone or to
+            have started something else; on CUDA at their next collective, printing it before,
+            and if they never come to one, NCCL ends them half a minute later.
         device: ``"cuda"`` (NCCL) or ``"cpu"`` (gloo); by default CUDA where there is one.
 
     Raises:
         RuntimeError: torchrun's variables are missing.
         ValueError: the mesh has not as many ranks as there are processes.
+        Divergence: from a collective, if ranks part ways.
 
     >>> with distributed(Mesh(ep=2)) as comm:  # doctest: +ELLIPSIS
     ...     comm.all_reduce([torch.ones(1)], ("ep",))
@@ -65,10 +71,11 @@ def distributed(
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if ours:
+        backend, later = ("nccl", LATER) if device == "cuda" else ("gloo", 0.0)
         store, rank, ranks = fresh_store(timeout)
         dist.init_process_group(
-            "nccl" if device == "cuda" else "gloo",
-            timeout=timedelta(seconds=timeout),
+            backend,
+            timeout=timedelta(seconds=timeout + later),
             store=store,
             rank=rank,
             world_size=ranks,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,15 +11,38 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from sharding.comm import Op, Then, Work
+from sharding.comm import Divergence, Op, Then, Work
+from sharding.distributed.overdue import Overdue
 from sharding.distributed.ranks import DistributedComm
+from sharding.divergence import Kinds
 from sharding.mesh import Axes, Mesh
 
 
+class _Launched:
+    """NCCL work on its own stream; awaiting it makes the current stream wait, not the host."""
+
+    def __init__(self, works: Sequence[Any], out: list[Tensor], inputs: list[Tensor]) -> None:
+        self.works, self.out, self.inputs = works, out, inputs
+
+    def wait(self) -> list[Tensor]:
+        for work in self.works:
+            work.wait()
+        self.inputs = []
+        return self.out
+
+
+Flight = tuple[_Launched, Callable[[list[Tensor]], list[Tensor]]]  # and what is left to do then
+
+
 class NcclComm(DistributedComm):
-    """Collectives by NCCL, coalesced: one launch for a list of tensors."""
+    """Collectives by NCCL, coalesced: one launch for a list of tensors.
+
+    Ranks that part ways are found by their collectives that do not complete within ``timeout``.
+    That part has been run with stand-ins for NCCL's works only, never with NCCL itself.
+    """
 
     def __init__(self, mesh: Mesh, rank: int, devices: DeviceMesh, timeout: float) -> None:
+        self.late = Overdue(timeout, self._report)
         super().__init__(mesh, rank, devices, timeout)
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.groups: dict[tuple[int, ...], Any] = {tuple(mesh): dist.group.WORLD}
@@ -31,6 +55,16 @@ class NcclComm(DistributedComm):
         other._make_groups()
         return other
 
+    def close(self, how: str = "") -> None:
+        self.late.close()
+        super().close(how)
+
+    def overdue(self) -> str:
+        return str(self.late)
+
+    def _report(self, problem: str) -> Divergence:
+        return self.parted(f"rank {self.rank} {self.coords} has launched {problem}.", {})
+
     def _make_groups(self) -> None:
         mesh = self.mesh
         for axes in _subsets(mesh.axes):
@@ -40,17 +74,25 @@ class NcclComm(DistributedComm):
                 self.groups[self.fiber(axes)] = group
 
     def _start(self, op: Op, xs: list[Tensor]) -> Work:
-        self.started += 1
+        self.late.check()
+        what = Kinds(xs)
+        number = self.place.start(op, what)
         fiber = self.fiber(op.axes)
         ranks = tuple(sorted(fiber))
-        group = self.groups[ranks]
-        xs = [x.detach().contiguous() for x in xs]
         order = [ranks.index(r) for r in fiber]
+        xs = [x.detach().contiguous() for x in xs]
         if op.kind == "all_to_all":
-            return _nccl_all_to_all(op, xs, group, order)
-        n, ascending = len(ranks), order == sorted(order)
+            launched, arrived = _launch_all_to_all(op, xs, self.groups[ranks], order)
+        else:
+            launched, arrived = self._launch(op, xs, self.groups[ranks], order)
+        named = partial(self.place.collective, number, op, what)
+        self.late.launched(ranks, launched.works[-1], named)
+        return Then(launched, arrived)
+
+    def _launch(self, op: Op, xs: list[Tensor], group: Any, order: list[int]) -> Flight:
+        n, ascending = len(order), order == sorted(order)
         if op.kind == "reduce_scatter" and not ascending:
-            xs = [_permute(x, n, [fiber.index(r) for r in ranks]) for x in xs]
+            xs = [_permute(x, n, [order.index(i) for i in range(n)]) for x in xs]
         out: list[Tensor] = list(xs)
         works: list[Any] = []
         for dtype in dict.fromkeys(x.dtype for x in xs):  # one launch carries one dtype
@@ -58,13 +100,13 @@ class NcclComm(DistributedComm):
             with dist._coalescing_manager(group, async_ops=True, device=self.device) as coalesced:
                 for i in same:
                     out[i] = _launch(op, xs[i], n, group)
-            works.append(coalesced)
+            works += coalesced.works
 
         def arrived(ys: list[Tensor]) -> list[Tensor]:
             unsorted = op.kind == "all_gather" and not ascending
             return [_permute(y, n, order) for y in ys] if unsorted else ys
 
-        return Then(_Launched(works, out, xs), arrived)
+        return _Launched(works, out, xs), arrived
 
 
 def _launch(op: Op, x: Tensor, n: int, group: Any) -> Tensor:
@@ -81,20 +123,7 @@ def _launch(op: Op, x: Tensor, n: int, group: Any) -> Tensor:
     return y
 
 
-class _Launched:
-    """NCCL work on its own stream; awaiting it makes the current stream wait, not the host."""
-
-    def __init__(self, works: Sequence[Any], out: list[Tensor], inputs: list[Tensor]) -> None:
-        self.works, self.out, self.inputs = works, out, inputs
-
-    def wait(self) -> list[Tensor]:
-        for work in self.works:
-            work.wait()
-        self.inputs = []
-        return self.out
-
-
-def _nccl_all_to_all(op: Op, xs: list[Tensor], group: Any, order: list[int]) -> Work:
+def _launch_all_to_all(op: Op, xs: list[Tensor], group: Any, order: list[int]) -> Flight:
     out, works = [], []
     inverse = [order.index(i) for i in range(len(order))]
     send, receive = [op.send[i] for i in inverse], [op.receive[i] for i in inverse]
@@ -109,7 +138,7 @@ def _nccl_all_to_all(op: Op, xs: list[Tensor], group: Any, order: list[int]) -> 
             return ys
         return [torch.cat([y.split(receive)[i] for i in order]) for y in ys]
 
-    return Then(_Launched(works, out, xs), arrived)
+    return _Launched(works, out, xs), arrived
 
 
 def _permute(x: Tensor, n: int, order: list[int]) -> Tensor:
