@@ -121,6 +121,20 @@ def test_the_table_shows_the_lines_of_the_program() -> None:
         simulate(takes_another_operation, MESH)
 
 
+def test_the_table_names_the_step_of_each_rank() -> None:
+    def program(comm: Comm) -> None:
+        for step in range(3 + comm.rank // 3):
+            comm.at(step)
+        skips(comm)
+
+    with pytest.raises(Divergence) as caught:
+        simulate(program, MESH)
+    message = str(caught.value)
+    assert message.count("in step 2, at all_reduce") == 1 and "in step 3" not in message
+    with pytest.raises(Divergence, match="in step 3, at all_gather"):
+        simulate(lambda comm: (comm.at(comm.rank), takes_another_operation(comm)), MESH)
+
+
 def test_an_error_names_its_rank() -> None:
     def program(comm: Comm) -> None:
         comm.all_reduce([ones(1)], ("edp", "ep"))
