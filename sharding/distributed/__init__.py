@@ -71,15 +71,7 @@ def distributed(
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if ours:
-        backend, later = ("nccl", LATER) if device == "cuda" else ("gloo", 0.0)
-        store, rank, ranks = fresh_store(timeout)
-        dist.init_process_group(
-            backend,
-            timeout=timedelta(seconds=timeout + later),
-            store=store,
-            rank=rank,
-            world_size=ranks,
-        )
+        _join(device, timeout)
     try:
         kind = NcclComm if device == "cuda" else PairwiseComm
         sizes = dict(mesh.sizes) or {"world": 1}
@@ -96,3 +88,11 @@ def distributed(
     finally:
         if ours:
             dist.destroy_process_group()
+
+
+def _join(device: str, timeout: float) -> None:
+    """The process group of torchrun's ranks, in a store of this start alone."""
+    backend, later = ("nccl", LATER) if device == "cuda" else ("gloo", 0.0)
+    store, rank, ranks = fresh_store(timeout)
+    patience = timedelta(seconds=timeout + later)
+    dist.init_process_group(backend, timeout=patience, store=store, rank=rank, world_size=ranks)

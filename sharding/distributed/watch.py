@@ -27,8 +27,8 @@ class Watch:
     """A thread that says where its rank stands when another rank asks, whatever the rank does.
 
     It sleeps in the store of the process group until then, and costs nothing. The first rank that
-    asks makes the table, and all others take it over. No call waits for longer than ``ANSWER +
-    MARGIN``: where the store has gone with its host, a rank knows of itself only.
+    asks makes the table, and all others take it over. Asking takes at most ``ANSWER + MARGIN``:
+    where the store has gone with its host, a rank knows of itself only.
 
     Args:
         place: where this rank stands.
@@ -89,8 +89,8 @@ class Watch:
         acting.join(ANSWER + MARGIN)
 
     def _leave(self, how: str) -> None:
-        left = f"has ended with {how}" if how else "has left"
-        self.store.set(f"place {self.rank}", f"{left}, after {self.place}")
+        ending = f"has ended with {how}" if how else "has left"
+        self.store.set(f"place {self.rank}", f"{ending}, after {self.place}")
         self.store.set(f"wake {self.rank}", "closed")
         left = self.store.add("left", 1)
         until = monotonic() + MARGIN
