@@ -14,12 +14,16 @@ from .optim import Optimizer, adamw, sgd
 from .schedules import constant, cosine, linear, wsd
 from .state import State, init_state, reshard_state
 from .train_step import make_train_step
+from .vote import Reason, Vetoed, Vote, vetoes_in_a_row, why
 
 __all__ = [
     "Checkpoints",
     "Optimizer",
     "Precision",
+    "Reason",
     "State",
+    "Vetoed",
+    "Vote",
     "adamw",
     "constant",
     "cosine",
@@ -37,5 +41,7 @@ __all__ = [
     "sgd",
     "to_huggingface",
     "train_only",
+    "vetoes_in_a_row",
+    "why",
     "wsd",
 ]

@@ -13,7 +13,7 @@ from sharding.collectives import Collective, apply
 from sharding.comm import Op
 from sharding.tree import flatten
 
-RESERVED = ("loss", "count", "grad_norm", "lr")
+RESERVED = ("loss", "count", "grad_norm", "lr", "committed", "veto")
 
 Loss = Callable[[Any, Any], tuple[Any, ...]]
 Aux = dict[str, Tensor]

@@ -23,6 +23,7 @@ from .optim import Optimizer, adamw, sgd
 from .schedules import Schedule
 from .state import State, init_state
 from .train_step import make_train_step
+from .vote import Vote
 
 Batch = dict[str, Tensor]
 Sizes = tuple[tuple[int, int], ...]  # sequences and positions of each rank
@@ -74,6 +75,7 @@ class Training:
     backward: Literal["keep", "regather", "recompute"] = "regather"
     donate: bool = False
     seed: int = 0
+    commit: Vote | None = None
 
     @property
     def frozen(self) -> tuple[str, ...]:
@@ -145,7 +147,8 @@ def prepare(comm: Comm, case: Training) -> tuple[Plan, State, Any]:
     plan = make_plan(params, lm.labels, case.rules, comm.mesh, frozen=case.frozen)
     optimizers = {label: chosen.make() for label, chosen in case.optimizers.items()}
     loss = lm.loss(case.cfg, plan, comm, case.backward)
-    step = make_train_step(loss, plan, optimizers, comm, clip=case.clip, donate=case.donate)
+    options: dict[str, Any] = dict(clip=case.clip, donate=case.donate, commit=case.commit)
+    step = make_train_step(loss, plan, optimizers, comm, **options)
     return plan, init_state(plan.shard(params, comm), plan, optimizers), step
 
 

@@ -10,19 +10,24 @@ In four lines::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from sharding import Comm, Plan
+from sharding.order import Order
 from sharding.tree import flatten, unflatten
 
 from .agreement import check_agreement, structure_of
 from .differentiate import Loss, accumulate, sum_over_ranks
+from .norm import global_norm
 from .optim import Leaves, Optimizer, by_label
+from .poll import Poll
 from .state import State
+from .vote import Vetoed, Vote, as_vote
 
 Metrics = dict[str, Tensor]
 EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
@@ -36,6 +41,7 @@ def make_train_step(
     *,
     clip: float | None = None,
     donate: bool = False,
+    commit: Literal["vote"] | Vote | None = None,
 ) -> Callable[..., tuple[State, Metrics]]:
     """``step(state, batch) -> (state', metrics)``: the same numbers on every mesh.
 
@@ -52,14 +58,18 @@ def make_train_step(
         comm: the ranks; all take part in every step, also one whose batch is empty.
         clip: the largest global norm of the gradient; longer ones are scaled down to it.
         donate: write the new state into the memory of the old one, which must not be used again.
+        commit: ``"vote"`` or a :class:`Vote`: take the step on all ranks or, for what they find
+            wrong with it, on none. It costs no message. By default the step is always taken.
 
     Returns:
         The step. Its metrics are tensors: ``loss`` (the global mean), ``count``, ``grad_norm``
-        (before clipping), ``lr`` (``lr/LABEL`` with several optimizers), and the sums of aux.
+        (before clipping), ``lr`` (``lr/LABEL`` with several optimizers), the sums of aux, and
+        with a vote ``committed`` and ``veto``, which :func:`why` reads.
 
     Raises:
         ValueError: from the step, for a state that was donated, a loss that returns no sum and
             count, or batches whose structure differs between ranks.
+        Vetoed: from the step of a vote that raises, on every rank.
 
     >>> from sharding import Mesh, make_plan, simulate, zero3, sharded
     >>> from functional_ep import init_state, sgd
@@ -80,22 +90,33 @@ def make_train_step(
     if not plan.trained:
         raise ValueError(f"all labels are frozen, {sorted(plan.frozen)}: there is nothing to train")
     update = _Update(plan, optimizers, comm, clip, donate)
+    vote = as_vote(commit)
+    poll = Poll(plan, comm, vote) if vote else None
 
     def step(state: State, *batches: Any) -> tuple[State, Metrics]:
         _check_state(state, batches)
-        if donate and torch._C._are_functorch_transforms_active():
-            raise ValueError("donate=True under a transform: a transform needs its inputs later")
+        _check_transforms(donate, poll is not None)
         comm.at(state.step)
-        check_agreement(structure_of(batches), "batch", comm)
-        shards = plan.check_shards(state.params, comm)
-        grads, total, count, aux = accumulate(loss, plan, shards, batches)  # of trained leaves
-        names, sums = list(aux), [total, count, *aux.values()]
-        total, count, *sums = sum_over_ranks(sums, comm)
+        order = Order(comm.mesh) if poll else None
+        with comm.heard_by(order) if order else nullcontext():
+            check_agreement(structure_of(batches), "batch", comm)
+            shards = plan.check_shards(state.params, comm)
+            grads, mine, count, aux = accumulate(loss, plan, shards, batches)  # of trained leaves
+            total, count, *sums = sum_over_ranks([mine, count, *aux.values()], comm)
         per_token = 1 / count.clamp(min=1).double()
-        rates = update.rates(state.step)  # a donated state is empty after the update
-        new, norm = update(state, shards, grads, per_token)
+        if poll and order:
+            norm, verdict = poll.take(state, batches, mine, grads, order)
+        else:
+            norm, verdict = global_norm(grads, update.counts_once, comm), {}
+        norm = norm * per_token
         metrics = {"loss": total * per_token.to(total.dtype), "count": count, "grad_norm": norm}
-        return new, metrics | rates | dict(zip(names, sums, strict=True))
+        metrics |= update.rates(state.step)  # a donated state is empty after the update
+        metrics |= dict(zip(aux, sums, strict=True)) | verdict
+        if vote and not verdict["committed"]:
+            if vote.on_veto == "raise":
+                raise Vetoed(metrics)
+            return _without_batch(state, donate), metrics
+        return update(state, shards, grads, per_token, norm), metrics
 
     return step
 
@@ -111,7 +132,7 @@ class _Update:
         clip: float | None,
         donate: bool,
     ) -> None:
-        self.plan, self.comm, self.clip, self.donate = plan, comm, clip, donate
+        self.plan, self.clip, self.donate = plan, clip, donate
         self.optimizers = by_label(optimizers, plan)
         self.single = isinstance(optimizers, Optimizer)
         self.trained = [i for i, w in enumerate(plan.layouts) if not w.frozen]
@@ -123,9 +144,8 @@ class _Update:
         }
 
     def __call__(
-        self, state: State, shards: Leaves, grads: Leaves, per_token: Tensor
-    ) -> tuple[State, Tensor]:
-        norm = global_norm(grads, self.counts_once, self.comm) * per_token
+        self, state: State, shards: Leaves, grads: Leaves, per_token: Tensor, norm: Tensor
+    ) -> State:
         factor = per_token
         if self.clip is not None:
             factor = factor * (self.clip / (norm + EPS)).clamp(max=1.0)
@@ -150,29 +170,12 @@ class _Update:
                 name: dict(zip(paths, leaves, strict=True)) for name, leaves in moments.items()
             }
         after = State(state.step + 1, self.plan.unflatten(new), opt)
-        return (_take_over(state, after) if self.donate else after), norm
+        return _take_over(state, after) if self.donate else after
 
     def rates(self, step: Tensor) -> Metrics:
         """The learning rates of this step, for the metrics."""
         rates = {f"lr/{label}": tx.rate(step) for label, tx in self.optimizers.items()}
         return {"lr": rates.popitem()[1]} if self.single and rates else rates
-
-
-def global_norm(grads: Sequence[Tensor], counts_once: Sequence[bool], comm: Comm) -> Tensor:
-    """``sqrt(sum of the squares of the whole gradient)``, each entry once; equal on every rank.
-
-    Args:
-        grads: this rank's shards.
-        counts_once: for each, whether this rank's copy is the one that counts
-            (``plan.counts_once(comm)``).
-        comm: the ranks.
-    """
-    squares = [
-        torch.dot(g, g).double() for g, counts in zip(grads, counts_once, strict=True) if counts
-    ]
-    device = grads[0].device if grads else None
-    local = torch.stack(squares).sum() if squares else torch.zeros((), device=device).double()
-    return sum_over_ranks([local], comm)[0].sqrt()
 
 
 def _scale(grads: Leaves, factor: Tensor, donate: bool) -> Leaves:
@@ -194,6 +197,24 @@ def _check_state(state: Any, batches: tuple[Any, ...]) -> None:
             "this state was donated to an earlier step, which wrote the next state into its "
             "memory: use the state that the step returned, or make_train_step(..., donate=False)"
         )
+
+
+def _check_transforms(donate: bool, votes: bool) -> None:
+    if (donate or votes) and torch._C._are_functorch_transforms_active():
+        raise ValueError(
+            "donate=True under a transform: a transform needs its inputs later"
+            if donate
+            else "commit under a transform: whether a step is taken has no derivative"
+        )
+
+
+def _without_batch(state: State, donate: bool) -> State:
+    """The state after a batch that is skipped: of what was, only the clock goes on."""
+    if donate:
+        return _take_over(state, state._replace(step=state.step + 1))
+    leaves, spec = flatten(state)
+    kept: State = unflatten(spec, [x.clone() for x in leaves])
+    return kept._replace(step=state.step + 1)
 
 
 def _take_over(before: State, after: State) -> State:

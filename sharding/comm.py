@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -78,6 +78,14 @@ class Then(NamedTuple):
         return self.f(self.work.wait())
 
 
+class Listener(Protocol):
+    """Hears of every collective that a rank starts, and may listen to its result too."""
+
+    def __call__(self, op: Op, xs: Sequence[Tensor], work: Work) -> Work:
+        """What has been started on what; the work to await instead, if only the same."""
+        ...
+
+
 class Comm(ABC):
     """One rank's access to the others: its place on the mesh, and the raw collectives.
 
@@ -97,7 +105,27 @@ class Comm(ABC):
         self.device = torch.device("cpu")  # of what travels without having come from elsewhere
         self.place = Place()
         self.in_flight: dict[int, Work] = {}  # started by a differentiable collective, not awaited
+        self.listeners: list[Listener] = []  # one list for all arrangements of the ranks
         self._fibers: dict[Axes, tuple[int, ...]] = {}
+
+    @contextmanager
+    def heard_by(self, listener: Listener) -> Iterator[None]:
+        """For the time being, ``listener`` hears of what travels, on other meshes as well.
+
+        >>> from sharding import simulate
+        >>> def program(comm):
+        ...     heard = []
+        ...     with comm.heard_by(lambda op, xs, work: (heard.append(str(op)), work)[1]):
+        ...         comm.all_reduce([torch.ones(2)], ("ep",))
+        ...     return heard
+        >>> simulate(program, Mesh(ep=2))[0]
+        ["all_reduce(axes=('ep',))"]
+        """
+        self.listeners.append(listener)
+        try:
+            yield
+        finally:
+            self.listeners.remove(listener)
 
     def on(self, mesh: Mesh) -> Comm:
         """The same ranks, arranged along the axes of another mesh.
@@ -154,9 +182,14 @@ class Comm(ABC):
             return Done(list(xs))
         if not torch._C._are_functorch_transforms_active():
             with torch.no_grad():
-                return self._start(op, list(xs))
-        with torch.no_grad(), outside_transforms():
-            return self._start(op, list(map(plain, xs)))
+                work = self._start(op, list(xs))
+        else:
+            with torch.no_grad(), outside_transforms():
+                xs = list(map(plain, xs))
+                work = self._start(op, xs)
+        for listener in self.listeners:
+            work = listener(op, xs, work)
+        return work
 
     def all_gather(self, xs: Sequence[Tensor], axes: Axes) -> list[Tensor]:
         """``[k, ...] -> [n k, ...]``: each tensor of the fiber, concatenated in fiber order."""

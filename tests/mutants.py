@@ -10,7 +10,7 @@ import torch
 from laws import is_that_of_plain_torch, uneven
 from torch import Tensor
 
-from functional_ep import differentiate, lm, moe, optim, permute, train_step
+from functional_ep import differentiate, lm, moe, norm, optim, permute, train_step
 from functional_ep.testing import Chosen
 from sharding import Mesh, Rule, collectives, simulate
 from sharding import gather as gather_module
@@ -121,7 +121,7 @@ def norm_without_ep(patch: Patch) -> None:
             else (differentiate.sum_over_ranks(xs, comm))
         )
 
-    patch.setattr(train_step, "sum_over_ranks", sum_over_edp)
+    patch.setattr(norm, "sum_over_ranks", sum_over_edp)
 
 
 def local_counts(patch: Patch) -> None:

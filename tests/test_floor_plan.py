@@ -29,6 +29,7 @@ sharding.streams            <-
 sharding.plain              <-
 sharding.place              <-
 sharding.comm               <- mesh place plain
+sharding.order              <- comm mesh
 sharding.rule               <- mesh
 sharding.collectives        <- comm mesh node
 sharding.gather             <- collectives comm mesh rule
@@ -72,7 +73,13 @@ functional_ep.optim         <- schedules sharding
 functional_ep.state         <- optim sharding
 functional_ep.agreement     <- sharding sharding.tree
 functional_ep.differentiate <- sharding sharding.collectives sharding.comm sharding.tree
-functional_ep.train_step    <- agreement differentiate optim state sharding sharding.tree
+functional_ep.norm          <- differentiate sharding
+functional_ep.bits          <-
+functional_ep.vote          <-
+functional_ep.poll          <- bits differentiate norm state vote
+                               sharding sharding.mesh sharding.order sharding.tree
+functional_ep.train_step    <- agreement differentiate norm optim poll state vote
+                               sharding sharding.order sharding.tree
 functional_ep.box           <-
 functional_ep.safetensors_file <- box
 functional_ep.checkpoint.disk     <-
@@ -144,8 +151,9 @@ functional_ep.huggingface.model   <- huggingface.adapted huggingface.detect
 functional_ep.huggingface         <- huggingface.dump huggingface.model huggingface.shift
                                      huggingface.stream sharding
 functional_ep.__init__      <- checkpoint huggingface labels lm optim schedules state train_step
-                               sharding
-functional_ep.testing       <- lm optim schedules state train_step sharding sharding.testing
+                               vote sharding
+functional_ep.testing       <- lm optim schedules state train_step vote
+                               sharding sharding.testing
 functional_ep.corpus        <-
 functional_ep.data          <- corpus
 functional_ep.metrics       <-
@@ -175,6 +183,7 @@ READS_ENVIRONMENT = {
     "functional_ep.commands",
     "examples.benchmarks.collectives",
     "examples.benchmarks.train_step",
+    "examples.benchmarks.vote",
 }
 MUTABLE = {"list", "dict", "set", "bytearray", "defaultdict", "Counter", "deque", "OrderedDict"}
 
