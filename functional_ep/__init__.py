@@ -11,6 +11,9 @@ from .checkpoint import Checkpoints, restore, restore_params, save
 from .huggingface import from_huggingface, to_huggingface
 from .labels import freeze, label_by_path, train_only
 from .optim import Optimizer, adamw, sgd
+from .recordings.compare import Difference, bisect
+from .recordings.record import record
+from .recordings.replay import replay
 from .schedules import constant, cosine, linear, wsd
 from .state import State, init_state, reshard_state
 from .train_step import make_train_step
@@ -18,6 +21,7 @@ from .vote import Reason, Vetoed, Vote, vetoes_in_a_row, why
 
 __all__ = [
     "Checkpoints",
+    "Difference",
     "Optimizer",
     "Precision",
     "Reason",
@@ -25,6 +29,7 @@ __all__ = [
     "Vetoed",
     "Vote",
     "adamw",
+    "bisect",
     "constant",
     "cosine",
     "freeze",
@@ -34,6 +39,8 @@ __all__ = [
     "linear",
     "lm",
     "make_train_step",
+    "record",
+    "replay",
     "reshard_state",
     "restore",
     "restore_params",

@@ -70,11 +70,14 @@ def sets_of_axes(mesh: Mesh) -> list[Axes]:
 
 
 def _line() -> str:
-    """The line of the program that has led here: the nearest that is not of this package."""
+    """The line that has led here, of the nearest function of the program outside of this package.
+
+    Counted from the function's first, so that other code may be edited before a step is replayed.
+    """
     frame = sys._getframe(1)
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
         if not module.startswith(("sharding.", "torch.", "contextlib")):
-            return f"{module}:{frame.f_lineno}"
+            return f"{frame.f_code.co_name}+{frame.f_lineno - frame.f_code.co_firstlineno}"
         frame = frame.f_back
     return ""  # a backward pass in a thread of autograd's own

@@ -30,6 +30,7 @@ sharding.plain              <-
 sharding.place              <-
 sharding.comm               <- mesh place plain
 sharding.order              <- comm mesh
+sharding.tape               <- comm mesh
 sharding.rule               <- mesh
 sharding.collectives        <- comm mesh node
 sharding.gather             <- collectives comm mesh rule
@@ -150,8 +151,18 @@ functional_ep.huggingface.model   <- huggingface.adapted huggingface.detect
                                      huggingface.skeleton huggingface.stacks sharding sharding.walk
 functional_ep.huggingface         <- huggingface.dump huggingface.model huggingface.shift
                                      huggingface.stream sharding
-functional_ep.__init__      <- checkpoint huggingface labels lm optim schedules state train_step
-                               vote sharding
+functional_ep.recordings.trees <-
+functional_ep.recordings.file <- bits recordings.trees safetensors_file
+                               sharding sharding.comm sharding.tape
+functional_ep.recordings.record <- recordings.file recordings.trees state
+                               sharding sharding.streams sharding.tape sharding.tree
+functional_ep.recordings.replay <- recordings.file recordings.record recordings.trees state
+                               sharding sharding.streams sharding.tape sharding.tree
+functional_ep.recordings.compare <- recordings.file recordings.trees sharding.tree
+functional_ep.recordings    <-
+functional_ep.__init__      <- checkpoint huggingface labels lm optim recordings.compare
+                               recordings.record recordings.replay schedules state train_step vote
+                               sharding
 functional_ep.testing       <- lm optim schedules state train_step vote
                                sharding sharding.testing
 functional_ep.corpus        <-

@@ -21,25 +21,23 @@ from functional_ep.testing import Training, train, trainings
 from functional_ep.vote import WHY
 from sharding import Comm, Mesh, simulate
 from sharding.testing import seeds
-from sharding.tree import flatten
+from sharding.tree import flatten, unflatten
 
 POSITION = Vote("skip", position=lambda batch: batch["at"])
 
 
 def same(a: Any, b: Any) -> bool:
     (xs, xs_spec), (ys, ys_spec) = flatten(a), flatten(b)
-    bits_of = [(x.dtype, x.detach().reshape(-1).view(torch.uint8).tolist()) for x in xs]
-    return xs_spec == ys_spec and bits_of == [
-        (y.dtype, y.detach().reshape(-1).view(torch.uint8).tolist()) for y in ys
-    ]
+    return xs_spec == ys_spec and all(
+        (x.dtype, x.shape) == (y.dtype, y.shape)
+        and torch.equal(*(bits.in_order(z.detach().reshape(-1)).view(torch.uint8) for z in (x, y)))
+        for x, y in zip(xs, ys, strict=True)
+    )
 
 
 def copy_of(state: State) -> State:
-    return State(*(map_tensors(x) for x in state))
-
-
-def map_tensors(tree: Any) -> Any:
-    return {k: map_tensors(v) for k, v in tree.items()} if isinstance(tree, dict) else tree.clone()
+    leaves, spec = flatten(state)
+    return unflatten(spec, [x.clone() for x in leaves])
 
 
 # -- a step that nobody objects to ---------------------------------------------------------------

@@ -1,0 +1,328 @@
+"""Replay: a recorded rank runs its step again, alone, to the bit; two recordings are compared."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from budget import one_in
+from farm import Farm
+from faults import FAULTS, MESH, Arena, Place, flip
+from hypothesis import given
+from hypothesis import strategies as st
+from laws import uneven
+from test_vote import copy_of, same
+from torch import Tensor
+
+from functional_ep import Difference, State, Vetoed, Vote, bisect, record, replay
+from functional_ep.recordings.file import ABOUT, TENSORS, folder_of
+from functional_ep.recordings.trees import describe, rebuild
+from functional_ep.testing import Training, prepare, trainings
+from sharding import Comm, Divergence, Mesh, simulate
+from sharding.comm import Op, Then, Work
+
+Steps = list[tuple[State, dict[str, Tensor]]]
+
+
+def run(comm: Comm, case: Training, directory: str, steps: Any = None) -> Steps:
+    """A training; what each step returned. Recorded if there is a directory."""
+    _, state, step = prepare(comm, case)
+    if directory:
+        step = record(step, comm, directory, steps)
+    seen: Steps = []
+    for micros in case.batches(comm.rank):
+        state, metrics = step(state, *micros)
+        seen.append((copy_of(state), metrics))
+    return seen
+
+
+def record_all(case: Training, directory: str, **options: Any) -> list[Steps]:
+    n = case.mesh.size
+    return simulate(
+        run, case.mesh, [case] * n, [directory] * n, *([v] * n for v in options.values())
+    )
+
+
+def program_of(case: Training) -> Callable[[Comm], Any]:
+    return lambda comm: prepare(comm, case)[2]
+
+
+# -- the law -------------------------------------------------------------------------------------
+
+
+@one_in(6)
+@given(case=trainings(max_ranks=4), votes=st.booleans())
+def test_every_rank_replays_alone_and_recording_changes_no_bit(case: Training, votes: bool) -> None:
+    case = replace(case, commit=Vote() if votes else None)
+    with TemporaryDirectory() as directory:
+        plain, recorded = record_all(case, ""), record_all(case, directory)
+        for rank, steps in enumerate(recorded):
+            assert same(steps, plain[rank])
+            for number, (state, metrics) in enumerate(steps):
+                again = replay(folder_of(directory, rank, number), program_of(case))
+                assert same(again, (state, metrics))
+
+
+def test_real_ranks_replay_here(ranks2: Farm, tmp_path: Path) -> None:
+    case = replace(uneven(), mesh=Mesh(edp=1, ep=2), backward="recompute")
+    case = replace(case, sizes=((((2, 3), (0, 1)),),) * 2, donate=True, commit=Vote())
+    seen = ranks2.run(run, case.mesh, [case] * 2, [str(tmp_path)] * 2)
+    for rank, steps in enumerate(seen):
+        for number, expected in enumerate(steps):
+            assert same(replay(folder_of(tmp_path, rank, number), program_of(case)), expected)
+
+
+def test_only_the_steps_that_are_asked_for(tmp_path: Path) -> None:
+    record_all(uneven(), str(tmp_path), steps=range(1, 2))
+    assert sorted(x.name for x in tmp_path.glob("rank-00002/*")) == ["step-00000001"]
+
+
+def test_random_numbers_and_strides_are_part_of_it(tmp_path: Path) -> None:
+    """Dropout, an expanded batch and one that lies the other way round in memory."""
+
+    def step(state: State, x: Tensor, y: Tensor) -> tuple[State, dict[str, Tensor]]:
+        seen = torch.rand(3) + x[0, 0]
+        strides = torch.tensor(x.stride() + y.stride())
+        return state, {"seen": seen, "strides": strides, "product": y @ y.T}
+
+    def program(comm: Comm) -> Any:
+        batch = torch.ones(3, 1).expand(3, 4), torch.rand(4, 3).T
+        return record(step, comm, tmp_path)(State(torch.tensor(5), {}, {}), *batch)
+
+    for rank, expected in enumerate(simulate(program, MESH)):
+        torch.rand(7)  # elsewhere the stream stands elsewhere
+        assert same(replay(folder_of(tmp_path, rank, 5), lambda comm: step), expected)
+
+
+def test_a_step_that_ends_with_an_error_ends_with_it_again(tmp_path: Path) -> None:
+    place = Place(FAULTS[0], 2, 0)
+
+    def program(comm: Comm) -> str:
+        arena = Arena(comm, Vote("raise"), place, False)
+        arena.step = record(arena.step, comm, tmp_path)
+        with pytest.raises(Vetoed) as raised:
+            arena.take(0)
+        return str(raised.value)
+
+    said = simulate(program, MESH)
+    with pytest.raises(Vetoed) as raised:
+        replay(folder_of(tmp_path, 2, 0), lambda comm: Arena(comm, Vote(), place, False).step)
+    assert str(raised.value) == said[2]
+    with pytest.raises(Divergence, match=r"step 0: in the recording it ended with Vetoed"):
+        replay(folder_of(tmp_path, 2, 0), lambda comm: Arena(comm, Vote("skip"), place, False).step)
+
+
+# -- two runs ------------------------------------------------------------------------------------
+
+
+def struck(comm: Comm, directory: str, at: tuple[int, int, str]) -> None:
+    """A training in which one rank's step gets another token, or receives another bit."""
+    case = replace(uneven(), sizes=((((1, 2), (2, 3), (1, 2), (1, 2)),),) * 3)
+    rank, when, kind = at
+    _, state, step = prepare(comm, case)
+    step = record(step, comm, directory)
+    for number, (batch,) in enumerate(case.batches(comm.rank)):
+        mine = (comm.rank, number) == (rank, when)
+        if mine and kind == "token":
+            batch = batch | {"input_ids": (batch["input_ids"] + 1) % case.cfg.vocab}
+        asked: list[Op] = []
+
+        def listener(
+            op: Op, xs: Sequence[Tensor], work: Work, asked: list[Op] = asked, mine: bool = mine
+        ) -> Work:
+            asked.append(op)
+            if mine and kind == "bit" and len(asked) == 5:
+                return Then(
+                    work, lambda ys: [*ys[:-1], flip(ys[-1].reshape(-1)).view(ys[-1].shape)]
+                )
+            return work
+
+        with comm.heard_by(listener):
+            state, _ = step(state, batch)
+
+
+@pytest.mark.parametrize(
+    ("rank", "step", "kind", "what"),
+    [
+        (2, 1, "token", r"batches\[0\]\['input_ids'\]"),
+        (1, 2, "token", r"batches\[0\]\['input_ids'\]"),
+        (3, 1, "bit", r"tensor \d+ received from collective no\. 4, "),
+        (0, 0, "bit", r"tensor \d+ received from collective no\. 4, "),
+    ],
+)
+def test_bisect_finds_where_two_runs_part(
+    rank: int, step: int, kind: str, what: str, tmp_path: Path
+) -> None:
+    runs = [str(tmp_path / name) for name in "ab"]
+    for directory, at in zip(runs, [(-1, 0, ""), (rank, step, kind)], strict=True):
+        simulate(struck, uneven().mesh, [directory] * 4, [at] * 4)
+    found = bisect(*runs)
+    assert isinstance(found, Difference)
+    assert (found.step, found.rank) == (step, rank)
+    assert found.collective == (None if kind == "token" else 4)
+    said = rf"step {step}, rank {rank}: {what}.* differs: \d+ of \d+ numbers, the first at"
+    assert re.match(said, str(found)), str(found)
+    assert bisect(runs[0], runs[0]) is None
+
+
+def test_bisect_refuses_what_cannot_be_compared(tmp_path: Path) -> None:
+    record_all(uneven(), str(tmp_path / "a"), steps=(0,))
+    record_all(uneven(), str(tmp_path / "b"), steps=(1,))
+    with pytest.raises(ValueError, match="no step of a rank in common"):
+        bisect(tmp_path / "a", tmp_path / "b")
+    other = uneven().on(Mesh(edp=4, ep=2))
+    record_all(other, str(tmp_path / "c"))
+    with pytest.raises(ValueError, match=r"is of Mesh\(edp=2, ep=2\), .* of Mesh\(edp=4, ep=2\)"):
+        bisect(tmp_path / "a", tmp_path / "c")
+
+
+# -- refused -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recording(tmp_path: Path) -> Path:
+    """Rank 1 in step 0 of two by two ranks."""
+    record_all(uneven(), str(tmp_path), steps=(0,))
+    return folder_of(tmp_path, 1, 0)
+
+
+def edited(path: Path, **changes: Any) -> None:
+    about = json.loads((path / ABOUT).read_text())
+    (path / ABOUT).write_text(json.dumps(about | changes))
+
+
+def test_what_is_no_recording_is_refused(recording: Path) -> None:
+    program = program_of(uneven())
+    with pytest.raises(ValueError, match=r"is no recording: it has no recording\.json"):
+        replay(recording.parent, program)
+    edited(recording, version=2)
+    with pytest.raises(ValueError, match=r"version 2, and this library reads up to 1: update"):
+        replay(recording, program)
+    edited(recording, format="cake", version=1)
+    with pytest.raises(ValueError, match="'cake', not a 'functional-ep recording'"):
+        replay(recording, program)
+    edited(recording, format="functional-ep recording", more=1)
+    with pytest.raises(ValueError, match="is damaged"):
+        replay(recording, program)
+    (recording / ABOUT).write_text("{")
+    with pytest.raises(ValueError, match="is damaged"):
+        replay(recording, program)
+
+
+def test_a_flipped_bit_in_the_file_is_found(recording: Path) -> None:
+    path = recording / TENSORS
+    whole = bytearray(path.read_bytes())
+    whole[-3] ^= 4
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match=r"is damaged: its digest is not that"):
+        replay(recording, program_of(uneven()))
+
+
+class Other(NamedTuple):
+    """Another program than the recorded one, and what is said of it."""
+
+    case: Training
+    message: str
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Other(
+            replace(uneven(), rules={**uneven().rules, "expert": uneven().rules["dense"]}), "asks"
+        ),
+        Other(replace(uneven(), commit=Vote()), "asks for"),
+        Other(replace(uneven(), clip=1e-3), r"step 0: state\.?.*differ from the recorded ones"),
+        Other(
+            uneven(balance=0.5),
+            r"step 0: collective no\. \d+, .* is sent other numbers than it was",
+        ),
+    ],
+)
+def test_another_program_is_told_where_it_parts(recording: Path, other: Other) -> None:
+    with pytest.raises((Divergence, ValueError), match=other.message):
+        replay(recording, program_of(other.case))
+
+
+def test_collectives_before_after_and_too_few(recording: Path) -> None:
+    case = uneven()
+
+    def early(comm: Comm) -> Any:
+        comm.all_reduce([torch.ones(1)], comm.mesh.axes)
+
+    def idle(comm: Comm) -> Any:
+        return lambda state, *batches: (state, {})
+
+    def more(comm: Comm) -> Any:
+        step = prepare(comm, case)[2]
+
+        def longer(state: State, *batches: Any) -> Any:
+            result = step(state, *batches)
+            comm.all_reduce([torch.ones(1)], comm.mesh.axes)
+            return result
+
+        return longer
+
+    for program, message in [
+        (early, "before the recorded step: rank 1 is alone here"),
+        (idle, r"the program has ended before collective no\. 0"),
+        (more, r"is asked for, but the recording ends after \d+"),
+    ]:
+        with pytest.raises(Divergence, match=message):
+            replay(recording, program)
+
+
+# -- trees ---------------------------------------------------------------------------------------
+
+LEAVES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(allow_nan=False),
+    st.text(),
+    st.lists(st.integers(0, 9), max_size=3).map(torch.tensor),
+)
+TREES = st.recursive(
+    LEAVES,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.lists(inner, max_size=3).map(tuple),
+        st.dictionaries(st.one_of(st.text(max_size=2), st.integers(0, 3)), inner, max_size=3),
+        st.tuples(LEAVES, inner).map(lambda pair: Leafy(*pair)),
+    ),
+    max_leaves=8,
+)
+
+
+class Leafy(NamedTuple):
+    """A NamedTuple of this module."""
+
+    first: Any
+    second: Any
+
+
+@given(TREES)
+def test_a_tree_comes_back_from_json(tree: Any) -> None:
+    tensors: dict[str, Tensor] = {}
+    node = json.loads(json.dumps(describe(tree, "tree", tensors)))
+    again = rebuild(node, tensors)
+    kept: dict[str, Tensor] = {}
+    assert json.dumps(describe(again, "tree", kept)) == json.dumps(node)
+    assert type(again) is type(tree) and list(kept) == list(tensors)
+    assert all(kept[name] is tensors[name] for name in kept)
+
+
+def test_what_json_cannot_hold_is_refused_by_its_path() -> None:
+    with pytest.raises(ValueError, match=r"batches/0/x: a set cannot be recorded"):
+        describe([{"x": {1}}], "batches", {})
+    with pytest.raises(ValueError, match=r"batches: keys \[\(1,\)\] cannot be recorded"):
+        describe({(1,): 2}, "batches", {})
+    with pytest.raises(ValueError, match="NamedTuple nowhere:Thing: import nowhere first"):
+        rebuild({"named": "nowhere:Thing", "items": []}, {})
