@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,9 +25,9 @@ from torch import Tensor
 from functional_ep import Difference, State, Vetoed, Vote, bisect, record, replay
 from functional_ep.recordings.file import ABOUT, TENSORS, folder_of
 from functional_ep.recordings.trees import describe, rebuild
-from functional_ep.testing import Training, prepare, trainings
-from sharding import Comm, Divergence, Mesh, simulate
-from sharding.comm import Op, Then, Work
+from functional_ep.testing import Chosen, Training, prepare, trainings
+from sharding import Comm, Divergence, Mesh, simulate, tape
+from sharding.comm import Done, Op, Then, Work
 
 Steps = list[tuple[State, dict[str, Tensor]]]
 
@@ -70,6 +71,55 @@ def test_every_rank_replays_alone_and_recording_changes_no_bit(case: Training, v
                 assert same(again, (state, metrics))
 
 
+def replays(case: Training) -> None:
+    with TemporaryDirectory() as directory:
+        for rank, steps in enumerate(record_all(case, directory)):
+            for number, expected in enumerate(steps):
+                again = replay(folder_of(directory, rank, number), program_of(case))
+                assert same(again, expected)
+
+
+def results_that_change_later(patch: pytest.MonkeyPatch) -> None:
+    def wait(self: Any) -> list[Tensor]:
+        self.heard.received = self.work.wait()
+        return self.heard.received
+
+    patch.setattr(tape._Kept, "wait", wait)
+
+
+def numbered_as_they_are_awaited(patch: pytest.MonkeyPatch) -> None:
+    right = tape._Kept.wait
+
+    def call(self: tape.Tape, op: Op, xs: Sequence[Tensor], work: Work) -> Work:
+        heard = tape.Heard(tape.asked(op, xs), self.digest(xs))
+
+        def arrived(ys: list[Tensor]) -> list[Tensor]:
+            self.heard.append(heard)
+            return right(tape._Kept(Done(ys), heard))
+
+        return Then(work, arrived)
+
+    patch.setattr(tape.Tape, "__call__", call)
+
+
+def a_state_that_is_overwritten(patch: pytest.MonkeyPatch) -> None:
+    module: Any = sys.modules["functional_ep.recordings.record"]
+    patch.setattr(module, "_copy", lambda x: x.detach())
+
+
+WRONG = [results_that_change_later, numbered_as_they_are_awaited, a_state_that_is_overwritten]
+
+
+@pytest.mark.parametrize("plant", WRONG)
+def test_a_wrong_recording_does_not_replay(plant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = replace(uneven().cfg, layers=2)
+    case = replace(uneven(expert=Chosen("adamw")), cfg=dense, donate=True)
+    replays(case)
+    plant(monkeypatch)
+    with pytest.raises((AssertionError, Divergence, ValueError)):
+        replays(case)
+
+
 def test_real_ranks_replay_here(ranks2: Farm, tmp_path: Path) -> None:
     case = replace(uneven(), mesh=Mesh(edp=1, ep=2), backward="recompute")
     case = replace(case, sizes=((((2, 3), (0, 1)),),) * 2, donate=True, commit=Vote())
@@ -85,15 +135,16 @@ def test_only_the_steps_that_are_asked_for(tmp_path: Path) -> None:
 
 
 def test_random_numbers_and_strides_are_part_of_it(tmp_path: Path) -> None:
-    """Dropout, an expanded batch and one that lies the other way round in memory."""
+    """Dropout, an expanded batch, one the other way round in memory, and windows that slide."""
 
-    def step(state: State, x: Tensor, y: Tensor) -> tuple[State, dict[str, Tensor]]:
-        seen = torch.rand(3) + x[0, 0]
+    def step(state: State, x: Tensor, y: Tensor, z: Tensor) -> tuple[State, dict[str, Tensor]]:
+        seen = torch.rand(3) + x[0, 0] + z.sum()
         strides = torch.tensor(x.stride() + y.stride())
         return state, {"seen": seen, "strides": strides, "product": y @ y.T}
 
     def program(comm: Comm) -> Any:
-        batch = torch.ones(3, 1).expand(3, 4), torch.rand(4, 3).T
+        windows = torch.rand(8).unfold(0, 3, 1)
+        batch = torch.ones(3, 1).expand(3, 4), torch.rand(4, 3).T, windows
         return record(step, comm, tmp_path)(State(torch.tensor(5), {}, {}), *batch)
 
     for rank, expected in enumerate(simulate(program, MESH)):

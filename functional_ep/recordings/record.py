@@ -110,12 +110,24 @@ def _before(state: State, batches: tuple[Any, ...], tensors: dict[str, Tensor]) 
 
 
 def _copy(x: Tensor) -> Tensor:
-    """With its strides; what is expanded stays so."""
+    """With its strides, by which kernels are chosen; what is expanded stays so."""
     kept = x.detach()
     for dim in range(x.dim()):
         kept = kept.narrow(dim, 0, 1) if x.stride(dim) == 0 and x.shape[dim] else kept
+    if _overlaps(kept):
+        return kept.expand(x.shape).clone(memory_format=torch.contiguous_format)
     y = torch.empty_strided(kept.shape, x.stride(), dtype=x.dtype, device=x.device)
     return y.copy_(kept).expand(x.shape)
+
+
+def _overlaps(x: Tensor) -> bool:
+    """Whether two numbers may share memory, as in windows that slide."""
+    reach = 0
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += stride * max(0, size - 1)
+    return False
 
 
 def _about(
