@@ -151,14 +151,14 @@ functional_ep.huggingface.model   <- huggingface.adapted huggingface.detect
                                      huggingface.skeleton huggingface.stacks sharding sharding.walk
 functional_ep.huggingface         <- huggingface.dump huggingface.model huggingface.shift
                                      huggingface.stream sharding
-functional_ep.recordings.trees <-
+functional_ep.recordings.trees <- sharding.tree
 functional_ep.recordings.file <- bits recordings.trees safetensors_file
                                sharding sharding.comm sharding.tape
 functional_ep.recordings.record <- recordings.file recordings.trees state
                                sharding sharding.streams sharding.tape sharding.tree
 functional_ep.recordings.replay <- recordings.file recordings.record recordings.trees state
-                               sharding sharding.streams sharding.tape sharding.tree
-functional_ep.recordings.compare <- recordings.file recordings.trees sharding.tree
+                               sharding sharding.streams sharding.tape
+functional_ep.recordings.compare <- recordings.file recordings.trees
 functional_ep.recordings    <-
 functional_ep.__init__      <- checkpoint huggingface labels lm optim recordings.compare
                                recordings.record recordings.replay schedules state train_step vote

@@ -15,8 +15,7 @@ from functional_ep.recordings.file import (
     read_about,
     read_tensors,
 )
-from functional_ep.recordings.trees import Json
-from sharding.tree import show
+from functional_ep.recordings.trees import Json, shown
 
 When = tuple[int, int, int]  # phase of the step, number of the collective, sent or received
 
@@ -101,7 +100,7 @@ def _differences(a: About, b: About) -> Iterator[_Found]:
             yield _Found((phase, 0, 0), f"the structure of {part}", "")
         for name in sorted(a.tensors.keys() & b.tensors.keys()):
             if name.split("/")[0] == part and _unlike(a.tensors[name], b.tensors[name]):
-                yield _Found((phase, 0, 0), _show(name), name)
+                yield _Found((phase, 0, 0), shown(name), name)
     inside = [*_of_collectives(a, b), *_of_results(a, b)]
     if inside and any(
         _unlike(a.tensors[n], b.tensors[n])
@@ -135,7 +134,7 @@ def _of_results(a: About, b: About) -> Iterator[_Found]:
         yield _Found((3, 0, 0), f"the end ({a.ended or 'none'}; {b.ended or 'none'})", "")
     for name in sorted(a.result.keys() | b.result.keys()):
         if a.result.get(name) != b.result.get(name):
-            yield _Found((3, 0, 1), f"after the step, {_show(name)}", "")
+            yield _Found((3, 0, 1), f"after the step, {shown(name)}", "")
 
 
 def _unlike(a: Json, b: Json) -> bool:
@@ -152,8 +151,3 @@ def _detail(a: Path, b: Path, name: str) -> str:
     unlike = (words[0] != words[1]).any(1).nonzero().flatten().tolist()
     one, other = x[unlike[0]].item(), y[unlike[0]].item()
     return f"{len(unlike)} of {len(x)} numbers, the first at {unlike[0]}: {one!r} against {other!r}"
-
-
-def _show(name: str) -> str:
-    root, _, path = name.partition("/")
-    return show(path, root)

@@ -10,12 +10,11 @@ import torch
 
 from functional_ep.recordings.file import About, digests, read_about, read_tensors, to_heard
 from functional_ep.recordings.record import Metrics, Step, digests_of
-from functional_ep.recordings.trees import rebuild
+from functional_ep.recordings.trees import rebuild, shown
 from functional_ep.state import State
 from sharding import Comm, Divergence
 from sharding.streams import standing
 from sharding.tape import Replayed
-from sharding.tree import show
 
 
 def replay(path: str | Path, program: Callable[[Comm], Step]) -> tuple[State, Metrics]:
@@ -65,7 +64,7 @@ def _check(about: About, found: dict[str, str], other: list[str]) -> None:
     if found.keys() != about.result.keys():
         only = sorted(found.keys() ^ about.result.keys())
         raise Divergence(f"{where}: {only} are in one result only: it is not the same program")
-    wrong = [_show(leaf) for leaf in found if found[leaf] != about.result[leaf]]
+    wrong = [shown(leaf) for leaf in found if found[leaf] != about.result[leaf]]
     said = [f"{other[0]}, is sent other numbers than it was"] if other else []
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
@@ -75,11 +74,6 @@ def _check(about: About, found: dict[str, str], other: list[str]) -> None:
             f"{where}: {'; '.join(said)}. The program, the kind of machine or the version of a "
             "library is another"
         )
-
-
-def _show(leaf: str) -> str:
-    root, _, path = leaf.partition("/")
-    return show(path, root)
 
 
 @contextmanager

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from sharding.tree import show
+
 Json = dict[str, Any]
 SCALARS = (str, int, float, bool, type(None))
 
@@ -55,6 +57,16 @@ def describe(tree: Any, name: str, tensors: dict[str, Tensor]) -> Json:
         f"{name}: a {type(tree).__name__} cannot be recorded: tensors, numbers and strings can, in "
         "dicts, lists, tuples and NamedTuples"
     )
+
+
+def shown(name: str) -> str:
+    """The name of a tensor as a reader would type it.
+
+    >>> shown("batches/0/x")
+    "batches[0]['x']"
+    """
+    root, _, path = name.partition("/")
+    return show(path, root)
 
 
 def rebuild(node: Json, tensors: Mapping[str, Tensor]) -> Any:
