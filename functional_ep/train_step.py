@@ -94,8 +94,7 @@ def make_train_step(
     poll = Poll(plan, comm, vote) if vote else None
 
     def step(state: State, *batches: Any) -> tuple[State, Metrics]:
-        _check_state(state, batches)
-        _check_transforms(donate, poll is not None)
+        _check(state, batches, donate, poll is not None)
         comm.at(state.step)
         order = Order(comm.mesh) if poll else None
         with comm.heard_by(order) if order else nullcontext():
@@ -110,8 +109,8 @@ def make_train_step(
             norm, verdict = global_norm(grads, update.counts_once, comm), {}
         norm = norm * per_token
         metrics = {"loss": total * per_token.to(total.dtype), "count": count, "grad_norm": norm}
-        metrics |= update.rates(state.step)  # a donated state is empty after the update
-        metrics |= dict(zip(aux, sums, strict=True)) | verdict
+        rates = update.rates(state.step)  # a donated state is empty after the update
+        metrics |= rates | dict(zip(aux, sums, strict=True)) | verdict
         if vote and not verdict["committed"]:
             if vote.on_veto == "raise":
                 raise Vetoed(metrics)
@@ -187,7 +186,7 @@ def _scale(grads: Leaves, factor: Tensor, donate: bool) -> Leaves:
     return [g * factor.to(g.dtype) for g in grads]
 
 
-def _check_state(state: Any, batches: tuple[Any, ...]) -> None:
+def _check(state: Any, batches: tuple[Any, ...], donate: bool, votes: bool) -> None:
     if not isinstance(state, State):
         raise ValueError(f"step(state, batch): a State expected, found {type(state).__name__}")
     if not batches:
@@ -197,9 +196,6 @@ def _check_state(state: Any, batches: tuple[Any, ...]) -> None:
             "this state was donated to an earlier step, which wrote the next state into its "
             "memory: use the state that the step returned, or make_train_step(..., donate=False)"
         )
-
-
-def _check_transforms(donate: bool, votes: bool) -> None:
     if (donate or votes) and torch._C._are_functorch_transforms_active():
         raise ValueError(
             "donate=True under a transform: a transform needs its inputs later"
