@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch._functorch.eager_transforms import jvp_increment_nesting
 
-from .comm import Comm, Divergence, Op, Work, specification
+from .comm import Comm, Divergence, Op, Work
 from .divergence import kinds, mismatch, table, where
 from .mesh import Mesh
+from .specification import specification
 from .streams import put, stand
 
 R = TypeVar("R")

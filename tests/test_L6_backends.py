@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import sharding.comm
+import sharding.specification
 from sharding import Comm, Mesh, simulate
 from sharding.comm import Kind, Op
 from sharding.distributed.gloo import SMALL, GlooLink
@@ -203,10 +203,10 @@ SUM = Call("all_reduce", ("ep", "edp"), (Tensors((50,), torch.float32),))
 
 
 def test_another_order_of_adding_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
-    mesh, right = Mesh(edp=2, ep=2), sharding.comm.ordered_sum
+    mesh, right = Mesh(edp=2, ep=2), sharding.specification.ordered_sum
     found = simulate(program, mesh, *everywhere(mesh, [SUM], False))
     check_backend([SUM], mesh, found)
-    monkeypatch.setattr(sharding.comm, "ordered_sum", lambda xs: right(xs[::-1]))
+    monkeypatch.setattr(sharding.specification, "ordered_sum", lambda xs: right(xs[::-1]))
     wrong = simulate(program, mesh, *everywhere(mesh, [SUM], False))
     torch.testing.assert_close(wrong, found)  # a tolerance would not have seen it
     with pytest.raises(AssertionError):

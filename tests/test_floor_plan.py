@@ -43,7 +43,8 @@ sharding.fetched            <- comm gather node plain
 sharding.walk               <- closed collectives comm fetched gather plan tree
 sharding.sharded            <- comm plan walk
 sharding.divergence         <- comm mesh
-sharding.simulate           <- comm divergence mesh streams
+sharding.specification      <- comm
+sharding.simulate           <- comm divergence mesh specification streams
 sharding.buffers            <-
 sharding.distributed.segments <-
 sharding.distributed.parcel <- distributed.segments
@@ -55,7 +56,7 @@ sharding.distributed.watch  <- divergence place
 sharding.distributed.ranks  <- comm distributed.watch divergence mesh
 sharding.distributed.pairwise <- buffers comm distributed.gloo distributed.link distributed.meet
                                distributed.parcel distributed.ranks distributed.segments
-                               distributed.shared divergence mesh plain
+                               distributed.shared divergence mesh plain specification
 sharding.distributed.overdue <- comm
 sharding.distributed.nccl   <- comm distributed.overdue distributed.ranks divergence mesh
 sharding.distributed.rendezvous <-

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from sharding.buffers import Buffers
-from sharding.comm import Op, Then, Work, ordered_sum
+from sharding.comm import Op, Then, Work
 from sharding.distributed.gloo import GlooLink
 from sharding.distributed.link import Arrival, Link, Mismatch, Sending
 from sharding.distributed.meet import meet
@@ -28,6 +28,7 @@ from sharding.distributed.shared import SharedLink
 from sharding.divergence import MOST, kinds
 from sharding.mesh import Mesh
 from sharding.plain import outside_transforms
+from sharding.specification import ordered_sum
 
 ONE_HOP = 1 << 18  # bytes up to which an all-reduce sends everything to everyone at once
 LONGEST = 900  # bytes of the names of tensors
