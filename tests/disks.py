@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -63,10 +63,10 @@ class MemoryDisk(Disk):
         node = self.nodes.get(path)
         return None if node is None else len(node.data)
 
-    def read(self, path: Path, start: int, memory: memoryview) -> int:
+    def read(self, path: Path, start: int, memory: memoryview) -> Iterator[memoryview]:
         found = self._file(path).data[start : start + len(memory)]
         memory[: len(found)] = found
-        return len(found)
+        yield memory[: len(found)]
 
     def make_directory(self, path: Path) -> None:
         assert path not in self.nodes
@@ -183,7 +183,7 @@ class Faulty(Disk):
     def size(self, path: Path) -> int | None:
         return self.inner.size(path)
 
-    def read(self, path: Path, start: int, memory: memoryview) -> int:
+    def read(self, path: Path, start: int, memory: memoryview) -> Iterator[memoryview]:
         return self.inner.read(path, start, memory)
 
     def make_directory(self, path: Path) -> None:

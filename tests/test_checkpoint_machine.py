@@ -94,7 +94,7 @@ class Run(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.disk, self.saved = MemoryDisk(), set[int]()
+        self.disk, self.saved, self.ranks = MemoryDisk(), set[int](), list[State]()
         self.history = dict(enumerate(simulate(lambda comm: begun(comm, ALONE), ALONE.mesh)))
 
     @initialize(plan=anywhere())
@@ -154,8 +154,10 @@ class Run(RuleBasedStateMachine):
     def go_on(self, plan: Plan) -> None:
         """From the newest checkpoint, on whatever ranks."""
 
-        def program(comm: Comm) -> State | None:
-            return Checkpoints(ROOT, plan, comm, disk=self.disk).restore()
+        def program(comm: Comm) -> State:
+            state = Checkpoints(ROOT, plan, comm, disk=self.disk).restore()
+            assert state is not None
+            return state
 
         self.plan, self.step = plan, max(self.saved)
         self.ranks = simulate(program, plan.mesh)
@@ -172,7 +174,7 @@ class Run(RuleBasedStateMachine):
 
     @invariant()
     def every_rank_has_its_part_of_the_model(self) -> None:
-        if not hasattr(self, "ranks"):
+        if not self.ranks:
             return
         alone = self.history[self.step]
         model = zip(ALONE.leaves, flatten(alone.params)[0], strict=True)

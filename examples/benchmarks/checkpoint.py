@@ -4,7 +4,8 @@
 
 All write and read the same tensors, alternately. Ours take digests of what they write and compare
 those of what they read. In memory, /dev/shm, syncing costs nothing, so that the work is compared;
-on a disk, the candidates with "sync" wait for it. A stall is what a step waits for a save that is
+on a disk, the candidates with "sync" wait for it. safetensors maps a file, and reads what is
+touched: copied, its tensors are as good as ours. A stall is what a step waits for a save that is
 written behind it; it is compared with copying the same state to memory that exists.
 """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import xxhash
 from torch import Tensor
@@ -20,6 +20,19 @@ def digest(memory: bytes | memoryview) -> str:
     '06b05ab6733a618578af5f94892f3950'
     """
     return xxhash.xxh3_128_hexdigest(memory)
+
+
+def digest_of_all(slices: Iterable[memoryview]) -> tuple[str, int]:
+    """The digest of bytes that come one slice after the other, and how many they are.
+
+    >>> digest_of_all([memoryview(b"a"), memoryview(b"bc")]) == (digest(b"abc"), 3)
+    True
+    """
+    seal, size = xxhash.xxh3_128(), 0
+    for part in slices:
+        seal.update(part)
+        size += len(part)
+    return seal.hexdigest(), size
 
 
 def digests_of(x: Tensor, block: int) -> tuple[str, ...]:

@@ -48,7 +48,9 @@ def _instead(path: Path, disk: Disk) -> str:
     if steps:
         return f"it holds {len(steps)} of them, the newest is {path / steps[-1]}"
     if ".metadata" in names:
-        return "torch.distributed.checkpoint wrote it: read it with from_dcp(path, plan, comm)"
+        return (
+            "torch.distributed.checkpoint wrote it: functional_ep.checkpoint.dcp.from_dcp reads it"
+        )
     if "config.json" in names:
         return "it is a Hugging Face model: read it with from_huggingface(path).load(plan, comm)"
     if any(OURS.fullmatch(name) for name in names):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from functional_ep.checkpoint.digest import digest
+from functional_ep.checkpoint.digest import digest, digest_of_all
 from functional_ep.checkpoint.disk import Disk, read_all
 from functional_ep.checkpoint.manifest import PARAMS, Entry, Manifest, Piece, tensor_name
 from functional_ep.safetensors_file import NAMES, memory_of, parse_header
@@ -87,11 +87,15 @@ class Reader:
         self, wanted: Wanted, piece: Piece, place: InFile, first: int, block: Tensor
     ) -> None:
         memory, at = memory_of(block), place.start + first * block.element_size()
-        found = self.disk.read(self.path / piece.file, at, memory)
+        slices = self.disk.read(self.path / piece.file, at, memory)
         number = first * block.element_size() // self.manifest.block
+        if self.verify:
+            seal, found = digest_of_all(slices)
+        else:
+            seal, found = piece.digests[number], sum(map(len, slices))
         if found < len(memory):
             raise ValueError(f"{self._names(wanted, piece)} ends too early. {AGAIN}")
-        if self.verify and digest(memory) != piece.digests[number]:
+        if seal != piece.digests[number]:
             raise ValueError(
                 f"{self._names(wanted, piece)} is damaged: the digest of bytes {at} to "
                 f"{at + len(memory)} is not that of the manifest. {AGAIN}"
@@ -122,9 +126,9 @@ class Reader:
                 f"another run; {wanted} is in it. {AGAIN}"
             )
         head = bytearray(payload.header)
-        self.disk.read(path, 0, memoryview(head))
+        seal, _ = digest_of_all(self.disk.read(path, 0, memoryview(head)))
         announced = 8 + int.from_bytes(head[:8], "little")
-        if announced != len(head) or (self.verify and digest(bytes(head)) != payload.digest):
+        if announced != len(head) or (self.verify and seal != payload.digest):
             raise ValueError(
                 f"{path} has another header than the manifest says: it is damaged, or of another "
                 f"run; {wanted} is in it. {AGAIN}"

@@ -1,0 +1,160 @@
+"""Boxed: the files of torch.distributed.checkpoint, read without running what is in them."""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+
+from functional_ep.box import boxes, sizes_of, slices_of
+from functional_ep.checkpoint.disk import DISK, read_all
+from sharding.leaf import Leaf
+
+FORMAT = "torch.distributed.checkpoint."
+ADMITTED = {
+    FORMAT + "metadata": {
+        "Metadata",
+        "TensorStorageMetadata",
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "TensorProperties",
+        "MetadataIndex",
+        "StorageMeta",
+        "_MEM_FORMAT_ENCODING",
+    },
+    FORMAT + "filesystem": {"_StorageInfo"},
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "pathlib": {"PosixPath", "PurePosixPath"},
+    "collections": {"OrderedDict"},
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Lets in what a table of contents is made of, and nothing that does something."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name in ADMITTED.get(module, ()):
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
+            return found
+        raise ValueError(f"it asks for {module}.{name}, which is no part of a table of contents")
+
+
+def read_metadata(path: Path) -> Metadata:
+    """The table of contents.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged, or wants to be more than that.
+    """
+    text = read_all(path, DISK)
+    if text is None:
+        raise FileNotFoundError(
+            f"{path.parent} is no directory of torch.distributed.checkpoint: it has no {path.name}"
+        )
+    try:
+        found = _Unpickler(io.BytesIO(text)).load()
+        if not isinstance(found, Metadata):
+            raise ValueError(f"it is {type(found).__name__}")
+    except Exception as error:  # an unpickler may raise anything
+        raise ValueError(f"{path} cannot be read as a table of contents: {error}") from None
+    return found
+
+
+def save_box(stream: io.BytesIO, x: Tensor) -> tuple[int, int]:
+    """Append a tensor as that format does; where it begins, and how many bytes it has."""
+    start = stream.tell()
+    torch.save(x.clone(), stream)
+    return start, stream.tell() - start
+
+
+class Boxed:
+    """The tensors of a directory, of which intervals can be read."""
+
+    def __init__(self, path: Path, metadata: Metadata) -> None:
+        self.path, self.metadata = path, metadata
+
+    def fill(self, name: str, leaf: Leaf, lo: int, out: Tensor, cast: bool) -> None:
+        """``out = ravel(x)[lo : lo + len(out)]``, chunk by chunk."""
+        wanted = self._described(name, leaf, cast)
+        targets, start = list[tuple[Any, Tensor]](), 0
+        for box in boxes(lo, lo + out.numel(), leaf.shape):
+            size = math.prod(sizes_of(box))
+            targets.append((box, out[start : start + size].view(sizes_of(box))))
+            start += size
+        filled = 0
+        for i, chunk in enumerate(wanted.chunks):
+            ends = zip(chunk.offsets, chunk.sizes, strict=True)
+            held, x = tuple((at, at + size) for at, size in ends), None
+            for box, target in targets:
+                pairs = zip(box, held, strict=True)
+                common = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in pairs)
+                if any(a >= b for a, b in common):
+                    continue
+                x = self._chunk(name, chunk.offsets, i, chunk.sizes) if x is None else x
+                into, from_ = (
+                    tuple((a - o, b - o) for (a, b), (o, _) in zip(common, origin, strict=True))
+                    for origin in (box, held)
+                )
+                target[slices_of(into)] = x[slices_of(from_)]
+                filled += math.prod(sizes_of(common))
+        if filled != out.numel():
+            raise ValueError(
+                f"{leaf}: the chunks of {name!r} in {self.path} hold {filled} of the "
+                f"{out.numel()} entries from {lo} on"
+            )
+
+    def _described(self, name: str, leaf: Leaf, cast: bool) -> TensorStorageMetadata:
+        found = self.metadata.state_dict_metadata.get(name)
+        if not isinstance(found, TensorStorageMetadata):
+            near = list(self.metadata.state_dict_metadata)[:5]
+            raise ValueError(f"{leaf}: {self.path} has no tensor {name!r}; it has {near} ...")
+        if tuple(found.size) != leaf.shape:
+            raise ValueError(f"{leaf} expected, but {name!r} in {self.path} is {tuple(found.size)}")
+        if found.properties.dtype != leaf.dtype and not cast:
+            raise ValueError(
+                f"{leaf} {leaf.dtype} expected, but {name!r} in {self.path} is "
+                f"{found.properties.dtype}: convert it with cast=True"
+            )
+        return found
+
+    def _chunk(self, name: str, offsets: Any, number: int, sizes: Any) -> Tensor:
+        x = self._load(MetadataIndex(name, offsets, number))
+        if not isinstance(x, Tensor) or x.shape != sizes:
+            raise ValueError(
+                f"{name!r} in {self.path} is not the chunk {tuple(sizes)} it should be"
+            )
+        return x
+
+    def _load(self, index: MetadataIndex) -> Any:
+        info = (self.metadata.storage_data or {}).get(index)
+        if info is None or getattr(info, "transform_descriptors", None):
+            raise ValueError(
+                f"{index.fqn!r} in {self.path} is nowhere, or compressed: save it anew"
+            )
+        file, memory = self.path / info.relative_path, bytearray(info.length)
+        if file.parent != self.path:
+            raise ValueError(f"{index.fqn!r} is said to be in {file}, outside of {self.path}")
+        found = sum(map(len, DISK.read(file, info.offset, memoryview(memory))))
+        if found < len(memory):
+            raise ValueError(f"{file} is truncated: {index.fqn!r} is in it")
+        try:
+            return torch.load(io.BytesIO(memory), map_location="cpu", weights_only=True)
+        except Exception as error:  # an unpickler may raise anything
+            raise ValueError(f"{index.fqn!r} in {file} cannot be read: {error}") from None
+
+    def step(self, name: str) -> int:
+        """What was saved under this name, a tensor or a number; 0 where there is nothing."""
+        found = self.metadata.state_dict_metadata.get(name)
+        if found is None:
+            return 0
+        tensor = isinstance(found, TensorStorageMetadata)
+        chunk = found.chunks[0].offsets if tensor else None
+        return int(self._load(MetadataIndex(name, chunk, 0 if tensor else None)))

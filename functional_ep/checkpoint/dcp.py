@@ -1,0 +1,194 @@
+"""Exchange with torch.distributed.checkpoint: its directories, written and read, by boxes.
+
+That format keeps tensors as boxes; an interval is a few of them. Its table of contents is a pickle,
+of which only the classes that it needs are let in, and its tensors are read as weights only. It has
+no digests and no instant of commitment: it is for exchange, :func:`functional_ep.save` for keeping.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from functional_ep.agreement import gather_bytes, together
+from functional_ep.box import boxes, sizes_of
+from functional_ep.checkpoint.boxed import Boxed, read_metadata, save_box
+from functional_ep.checkpoint.disk import DISK, make_directories, write_all
+from functional_ep.checkpoint.manifest import PARAMS
+from functional_ep.checkpoint.parts import on_cpu, parts_of
+from functional_ep.optim import Moments
+from functional_ep.safetensors_file import DTYPES, NAMES
+from functional_ep.state import State
+from sharding import Comm, Plan, interval
+
+METADATA = ".metadata"
+STEP = "step"
+NameOf = Callable[[str, str], str]
+
+
+def dcp_name(role: str, path: str) -> str:
+    """The name of a tensor: that of the nested dict ``{"params": params, "opt": {"m": ...}}``.
+
+    >>> dcp_name("params", "blocks/0/w"), dcp_name("m", "w")
+    ('params.blocks.0.w', 'opt.m.w')
+    """
+    top = PARAMS if role == PARAMS else f"opt.{role}"
+    return f"{top}.{path.replace('/', '.')}"
+
+
+def to_dcp(
+    path: str | Path, state: State, plan: Plan, comm: Comm, *, name_of: NameOf = dcp_name
+) -> None:
+    """A directory that ``torch.distributed.checkpoint.load`` reads, on any number of ranks.
+
+    Args:
+        path: a directory that does not exist yet.
+        state: of ``plan``.
+        plan: what the state's shards are shards of.
+        comm: the ranks; all must call.
+        name_of: the name of a tensor by role, ``params`` or a moment's name, and path of the leaf.
+
+    Raises:
+        FileExistsError: a path at which there is something.
+        ValueError: a state that is not of the plan.
+    """
+    path = Path(path)
+    parts = together(lambda: on_cpu(parts_of(state, plan, comm)), comm)
+    growing = path.with_name(f".{path.name}.incomplete")
+
+    def begin() -> None:
+        if path.exists():
+            raise FileExistsError(f"{path} exists: choose another path, or move it away")
+        make_directories(growing, DISK)
+
+    together(begin if comm.rank == 0 else lambda: None, comm)
+    file, leaves = f"__{comm.rank}_0.distcp", plan.leaves
+
+    def write() -> dict[str, Any]:
+        stream, entries = io.BytesIO(), list[Any]()
+        for part in parts:
+            start, name = 0, name_of(part.role, part.path)
+            for box in boxes(part.lo, part.hi, leaves[part.leaf].shape):
+                sizes = sizes_of(box)
+                size = torch.Size(sizes).numel()
+                at, length = save_box(stream, part.x[start : start + size].view(sizes))
+                entries.append((name, box, file, at, length))
+                start += size
+        write_all(growing / file, [stream.getbuffer()], DISK)
+        shapes = {
+            name_of(part.role, part.path): (leaves[part.leaf].shape, NAMES[part.x.dtype])
+            for part in parts
+        }
+        return {"entries": entries, "shapes": shapes}
+
+    record = together(write, comm)
+    records = [json.loads(each) for each in gather_bytes(json.dumps(record).encode(), comm)]
+
+    def commit() -> None:
+        content = pickle.dumps(_metadata(records, growing, int(state.step)))
+        write_all(growing / METADATA, [memoryview(content)], DISK)
+        DISK.sync_directory(growing)
+        DISK.rename(growing, path)
+        DISK.sync_directory(path.parent)
+
+    together(commit if comm.rank == 0 else lambda: None, comm)
+
+
+def _metadata(records: list[dict[str, Any]], folder: Path, step: int) -> Metadata:
+    """The table of contents, with the step as a tensor that rank 0 adds in a file of its own."""
+    stream = io.BytesIO()
+    place = save_box(stream, torch.tensor(step))
+    write_all(folder / "__step.distcp", [stream.getbuffer()], DISK)
+    shapes = {STEP: ((), "I64")} | records[0]["shapes"]
+    entries = [(STEP, (), "__step.distcp", *place)]
+    entries += [entry for record in records for entry in record["entries"]]
+    tensors = {
+        name: TensorStorageMetadata(
+            TensorProperties(dtype=DTYPES[kind]), torch.Size(shape), list[ChunkStorageMetadata]()
+        )
+        for name, (shape, kind) in shapes.items()
+    }
+    stored: dict[MetadataIndex, _StorageInfo] = {}
+    for name, box, file, at, length in entries:
+        offsets = torch.Size(lo for lo, _ in box)
+        index = MetadataIndex(name, offsets, len(tensors[name].chunks))
+        tensors[name].chunks.append(ChunkStorageMetadata(offsets, torch.Size(sizes_of(box))))
+        stored[index] = _StorageInfo(file, at, length)
+    table: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {**tensors}
+    return Metadata(table, planner_data={name: (name,) for name in table}, storage_data=stored)
+
+
+def from_dcp(
+    path: str | Path,
+    plan: Plan,
+    comm: Comm,
+    *,
+    moments: Sequence[str] = ("m", "v"),
+    name_of: NameOf = dcp_name,
+    cast: bool = False,
+) -> State:
+    """The state in a directory of ``torch.distributed.checkpoint``, for any plan.
+
+    Every rank reads the chunks that its shards lie in, one after the other. Tensors that no leaf
+    asks for are left alone.
+
+    Args:
+        path: what :func:`to_dcp` wrote, or ``torch.distributed.checkpoint.save``.
+        plan: where the state is to live.
+        comm: the ranks; all must call.
+        moments: those that leaves which are trained have; none, if only parameters are there.
+        name_of: see :func:`to_dcp`.
+        cast: convert to the dtypes of the plan.
+
+    Returns:
+        The state; its step is 0 where none was saved under the name ``step``.
+
+    Raises:
+        FileNotFoundError: no such directory.
+        ValueError: a table of contents with anything in it that is no part of one; a tensor that is
+            missing, or has another shape or dtype; chunks that leave a gap.
+    """
+    plan.check_mesh(comm)
+
+    def read() -> State:
+        boxed = Boxed(Path(path), read_metadata(Path(path) / METADATA))
+        places = list(zip(plan.leaves, plan.layouts, strict=True))
+
+        def shard(role: str, i: int) -> Tensor:
+            leaf, layout = places[i]
+            lo, hi = interval(layout.rule, layout.mesh, comm.rank, layout.shape)
+            x = torch.zeros(layout.shard_size, dtype=leaf.dtype)
+            boxed.fill(name_of(role, leaf.path), leaf, lo, x[: hi - lo], cast)
+            return x.to(comm.device)
+
+        opt: dict[str, Moments] = {
+            label: {
+                name: {
+                    leaf.path: shard(name, i)
+                    for i, leaf in enumerate(plan.leaves)
+                    if leaf.label == label
+                }
+                for name in moments
+            }
+            for label in plan.trained
+        }
+        params = plan.unflatten([shard(PARAMS, i) for i in range(len(places))])
+        return State(torch.tensor(boxed.step(STEP)), params, opt)
+
+    return together(read, comm)

@@ -1,0 +1,199 @@
+"""What torch.distributed.checkpoint reads and writes, to the bit, and nothing of it is run."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as stock
+from farm import Farm
+from hypothesis import given
+from optree import tree_map
+from states import Pair, a_plan, alone, pairs, same, state_of
+from torch import Tensor
+
+from functional_ep import State
+from functional_ep.checkpoint.dcp import from_dcp, to_dcp
+from sharding import Comm, Mesh, Plan, make_plan, simulate, zero3
+from sharding.testing import seeds
+from sharding.tree import flatten
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Any:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
+
+
+def saved(path: Path, plan: Plan, seed: int) -> None:
+    simulate(lambda comm: to_dcp(path, state_of(plan, comm.rank, seed), plan, comm), plan.mesh)
+
+
+def named(plan: Plan, state: State) -> dict[str, Tensor]:
+    """A state of one rank as others write it: whole tensors, under their names."""
+    shapes = {leaf.path: leaf.shape for leaf in plan.leaves}
+    shards = zip(plan.leaves, flatten(state.params)[0], strict=True)
+    found = {f"params.{leaf.path}": x.view(leaf.shape) for leaf, x in shards}
+    for moments in state.opt.values():
+        for name, by_path in moments.items():
+            found |= {f"opt.{name}.{path}": x.view(shapes[path]) for path, x in by_path.items()}
+    return found | {"step": state.step}
+
+
+@given(pairs(), seeds())
+def test_what_we_write_is_read_on_any_mesh(
+    tmp_path_factory: pytest.TempPathFactory, pair: Pair, seed: int
+) -> None:
+    path = tmp_path_factory.mktemp("dcp") / "x"
+    saved(path, pair.old, seed)
+    found = simulate(lambda comm: from_dcp(path, pair.new, comm), pair.new.mesh)
+    for rank, state in enumerate(found):
+        assert same(state, state_of(pair.new, rank, seed))
+
+
+def test_the_stock_library_reads_what_we_write(tmp_path: Path) -> None:
+    saved(tmp_path / "x", a_plan(), 5)
+    expected = named(alone(), state_of(alone(), 0, 5))
+    found = {name: torch.full_like(x, 9) for name, x in expected.items()}
+    stock.load(found, checkpoint_id=tmp_path / "x", no_dist=True)
+    assert found.keys() == expected.keys()
+    for name, x in expected.items():
+        assert torch.equal(found[name], x), name
+    nested = {"params": {name: torch.full_like(x, 9) for name, x in alone_params().items()}}
+    stock.load(nested, checkpoint_id=tmp_path / "x", no_dist=True)
+    assert all(torch.equal(nested["params"][name], x) for name, x in alone_params().items())
+
+
+def alone_params() -> dict[str, Tensor]:
+    named_ = named(alone(), state_of(alone(), 0, 5))
+    return {name[7:]: x for name, x in named_.items() if name.startswith("params.")}
+
+
+@pytest.mark.parametrize("step", [torch.tensor(5), 5], ids=["tensor", "number"])
+def test_we_read_what_the_stock_library_writes(step: Any, tmp_path: Path) -> None:
+    tensors = {**named(alone(), state_of(alone(), 0, 5)), "step": step, "more": torch.ones(3)}
+    stock.save(tensors, checkpoint_id=tmp_path, no_dist=True)
+    plan = a_plan(Mesh(edp=3, ep=2))
+    for rank, state in enumerate(simulate(lambda comm: from_dcp(tmp_path, plan, comm), plan.mesh)):
+        assert same(state, state_of(plan, rank, 5))
+
+
+W = torch.arange(35.0).view(7, 5)
+
+
+def save_sharded(comm: Comm, path: Path) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    warnings.simplefilter("ignore")
+    x = {"w": distribute_tensor(W, mesh, [Shard(0)]), "v": distribute_tensor(W, mesh, [Shard(1)])}
+    stock.save(x, checkpoint_id=path)
+
+
+def test_we_read_chunks_of_many_ranks(ranks2: Farm, tmp_path: Path) -> None:
+    ranks2.run(save_sharded, Mesh(ep=2), [tmp_path] * 2)
+    params = {"w": W, "v": W}
+    plan = make_plan(params, dict.fromkeys(params, "x"), {"x": zero3("edp")}, Mesh(edp=3))
+
+    def program(comm: Comm) -> Any:
+        state = from_dcp(tmp_path, plan, comm, moments=(), name_of=lambda role, path: path)
+        assert state.opt == {"x": {}} and int(state.step) == 0
+        return plan.full(state.params, comm)
+
+    for found in simulate(program, plan.mesh):
+        assert torch.equal(found["w"], W) and torch.equal(found["v"], W)
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+
+class Bomb:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.path}",)
+
+
+def load(path: Path, plan: Plan | None = None, **options: Any) -> list[State]:
+    plan = plan or alone()
+    return simulate(lambda comm: from_dcp(path, plan, comm, **options), plan.mesh)
+
+
+def test_a_pickle_that_does_something_is_refused(tmp_path: Path) -> None:
+    path, boom = tmp_path / "x", tmp_path / "boom"
+    saved(path, a_plan(), 5)
+    bombs = [pickle.dumps(Bomb(boom), protocol) for protocol in (0, 2, 4)]
+    bombs.append(b"cbuiltins\neval\n(S'1'\ntR.")
+    bombs.append(b"ctorch\nload\n(S'x'\ntR.")
+    for bomb in bombs:
+        (path / ".metadata").write_bytes(bomb)
+        with pytest.raises(ValueError, match=r"\.metadata cannot .*it asks for .*no part of"):
+            load(path)
+        assert not boom.exists()
+    pickle.loads(bombs[0])
+    assert boom.exists(), "the bomb is one"
+
+
+def test_a_tensor_that_does_something_is_refused(tmp_path: Path) -> None:
+    path, boom = tmp_path / "x", tmp_path / "boom"
+    torch.save(Bomb(boom), tmp_path / "bomb")
+    saved(path, alone(), 5)
+    content = (tmp_path / "bomb").read_bytes()
+    payload = path / "__0_0.distcp"
+    payload.write_bytes(content.ljust(payload.stat().st_size, b"\0"))
+    with pytest.raises(ValueError, match=r"__0_0\.distcp cannot be read"):
+        load(path)
+    assert not boom.exists()
+
+
+def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    with pytest.raises(FileNotFoundError, match=r"it has no \.metadata"):
+        load(path)
+    saved(path, a_plan(), 5)
+    with pytest.raises(FileExistsError, match="x exists: choose another path"):
+        saved(path, a_plan(), 6)
+    with pytest.raises(ValueError, match=r"\(4, 3\): .* has no tensor 'opt.z.w'; it has \['step'"):
+        load(path, moments=("z",))
+    params = {leaf.path: torch.empty(leaf.shape, dtype=leaf.dtype) for leaf in alone().leaves}
+
+    def plan(**changes: Tensor) -> Plan:
+        its = {**params, **changes}
+        return make_plan(its, dict.fromkeys(its, "x"), {"x": zero3()}, Mesh(), frozen=("x",))
+
+    with pytest.raises(ValueError, match=r"\(9,\) expected, but 'params.w' in .* is \(4, 3\)"):
+        load(path, plan(w=torch.empty(9)))
+    narrow = plan(w=torch.empty(4, 3))
+    with pytest.raises(ValueError, match=r"float32 expected, but .* is torch.float64: .*cast=True"):
+        load(path, narrow)
+    assert load(path, narrow, cast=True)[0].params["w"].dtype == torch.float32
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    metadata.state_dict_metadata["params.w"].chunks.pop()
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match=r"chunks of 'params.w' in .* hold \d+ of the 12 entries"):
+        load(path, plan())
+    payload = path / "__0_0.distcp"
+    payload.write_bytes(payload.read_bytes()[:99])
+    with pytest.raises(ValueError, match=r"__0_0\.distcp is truncated"):
+        load(path, plan())
+
+
+def test_structures_nest(tmp_path: Path) -> None:
+    params = {"blocks": [{"w": torch.ones(2, 2)}, {"w": torch.zeros(3)}]}
+    plan = make_plan(params, tree_map(lambda _: "x", params), {"x": zero3("ep")}, Mesh(ep=2))
+    saved(tmp_path / "x", plan, 1)
+    found = {"params.blocks.0.w": torch.empty(2, 2), "params.blocks.1.w": torch.empty(3)}
+    stock.load(found, checkpoint_id=tmp_path / "x", no_dist=True)
+    full = simulate(lambda c: plan.full(state_of(plan, c.rank, 1).params, c), plan.mesh)[0]
+    assert torch.equal(found["params.blocks.0.w"], full["blocks"][0]["w"])
+    assert torch.equal(found["params.blocks.1.w"], full["blocks"][1]["w"])
