@@ -6,7 +6,7 @@ import io
 import math
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ def read_metadata(path: Path) -> Metadata:
     return found
 
 
-def save_box(stream: io.BytesIO, x: Tensor) -> tuple[int, int]:
+def save_box(stream: IO[bytes], x: Tensor) -> tuple[int, int]:
     """Append a tensor as that format does; where it begins, and how many bytes it has."""
     start = stream.tell()
     torch.save(x.clone(), stream)
@@ -128,17 +128,13 @@ class Boxed:
     def _chunk(self, name: str, offsets: Any, number: int, sizes: Any) -> Tensor:
         x = self._load(MetadataIndex(name, offsets, number))
         if not isinstance(x, Tensor) or x.shape != sizes:
-            raise ValueError(
-                f"{name!r} in {self.path} is not the chunk {tuple(sizes)} it should be"
-            )
+            raise ValueError(f"{name!r} in {self.path} is no chunk of {tuple(sizes)}")
         return x
 
     def _load(self, index: MetadataIndex) -> Any:
         info = (self.metadata.storage_data or {}).get(index)
         if info is None or getattr(info, "transform_descriptors", None):
-            raise ValueError(
-                f"{index.fqn!r} in {self.path} is nowhere, or compressed: save it anew"
-            )
+            raise ValueError(f"{index.fqn!r} in {self.path} is nowhere, or compressed")
         file, memory = self.path / info.relative_path, bytearray(info.length)
         if file.parent != self.path:
             raise ValueError(f"{index.fqn!r} is said to be in {file}, outside of {self.path}")

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import io
 import json
+import math
+import os
 import pickle
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +34,7 @@ from functional_ep.box import boxes, sizes_of
 from functional_ep.checkpoint.boxed import Boxed, read_metadata, save_box
 from functional_ep.checkpoint.disk import DISK, make_directories, write_all
 from functional_ep.checkpoint.manifest import PARAMS
-from functional_ep.checkpoint.parts import on_cpu, parts_of
+from functional_ep.checkpoint.parts import Part, on_cpu, parts_of
 from functional_ep.optim import Moments
 from functional_ep.safetensors_file import DTYPES, NAMES
 from functional_ep.state import State
@@ -75,30 +78,11 @@ def to_dcp(
     def begin() -> None:
         if path.exists():
             raise FileExistsError(f"{path} exists: choose another path, or move it away")
+        shutil.rmtree(growing, ignore_errors=True)
         make_directories(growing, DISK)
 
-    together(begin if comm.rank == 0 else lambda: None, comm)
-    file, leaves = f"__{comm.rank}_0.distcp", plan.leaves
-
     def write() -> dict[str, Any]:
-        stream, entries = io.BytesIO(), list[Any]()
-        for part in parts:
-            start, name = 0, name_of(part.role, part.path)
-            for box in boxes(part.lo, part.hi, leaves[part.leaf].shape):
-                sizes = sizes_of(box)
-                size = torch.Size(sizes).numel()
-                at, length = save_box(stream, part.x[start : start + size].view(sizes))
-                entries.append((name, box, file, at, length))
-                start += size
-        write_all(growing / file, [stream.getbuffer()], DISK)
-        shapes = {
-            name_of(part.role, part.path): (leaves[part.leaf].shape, NAMES[part.x.dtype])
-            for part in parts
-        }
-        return {"entries": entries, "shapes": shapes}
-
-    record = together(write, comm)
-    records = [json.loads(each) for each in gather_bytes(json.dumps(record).encode(), comm)]
+        return _write(growing / f"__{comm.rank}_0.distcp", parts, plan, name_of)
 
     def commit() -> None:
         content = pickle.dumps(_metadata(records, growing, int(state.step)))
@@ -107,7 +91,36 @@ def to_dcp(
         DISK.rename(growing, path)
         DISK.sync_directory(path.parent)
 
-    together(commit if comm.rank == 0 else lambda: None, comm)
+    try:
+        together(begin if comm.rank == 0 else lambda: None, comm)
+        record = together(write, comm)
+        records = [json.loads(each) for each in gather_bytes(json.dumps(record).encode(), comm)]
+        together(commit if comm.rank == 0 else lambda: None, comm)
+    except BaseException:
+        if comm.rank == 0:
+            shutil.rmtree(growing, ignore_errors=True)
+        raise
+
+
+def _write(file: Path, parts: Sequence[Part], plan: Plan, name_of: NameOf) -> dict[str, Any]:
+    """A rank's file: of each tensor, which boxes are in it and where; and the tensors there are."""
+    shapes = {leaf.path: leaf.shape for leaf in plan.leaves}
+    entries: list[Any] = []
+    with open(file, "wb") as stream:
+        for part in parts:
+            start, name = 0, name_of(part.role, part.path)
+            for box in boxes(part.lo, part.hi, shapes[part.path]):
+                sizes = sizes_of(box)
+                size = math.prod(sizes)
+                place = save_box(stream, part.x[start : start + size].view(sizes))
+                entries.append((name, box, file.name, *place))
+                start += size
+        stream.flush()
+        os.fsync(stream.fileno())
+    tensors = {
+        name_of(part.role, part.path): (shapes[part.path], NAMES[part.x.dtype]) for part in parts
+    }
+    return {"entries": entries, "shapes": tensors}
 
 
 def _metadata(records: list[dict[str, Any]], folder: Path, step: int) -> Metadata:

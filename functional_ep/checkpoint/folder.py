@@ -17,8 +17,10 @@ from functional_ep.checkpoint.manifest import (
 
 INCOMPLETE = ".incomplete"
 STEP = re.compile(r"step-(\d{8,})")
-_ANY = rf"({STORED.pattern}|{re.escape(MANIFEST)})"
-OURS = re.compile(rf"{_ANY}|\.{_ANY}{re.escape(INCOMPLETE)}")
+OURS = re.compile(
+    rf"{STORED.pattern}|{re.escape(MANIFEST)}"
+    rf"|\.(rank|frozen|file|manifest)[^/]*{re.escape(INCOMPLETE)}"
+)
 
 
 def growing(path: Path) -> Path:
@@ -48,9 +50,7 @@ def _instead(path: Path, disk: Disk) -> str:
     if steps:
         return f"it holds {len(steps)} of them, the newest is {path / steps[-1]}"
     if ".metadata" in names:
-        return (
-            "torch.distributed.checkpoint wrote it: functional_ep.checkpoint.dcp.from_dcp reads it"
-        )
+        return "torch.distributed.checkpoint wrote it: functional_ep.checkpoint.dcp reads that"
     if "config.json" in names:
         return "it is a Hugging Face model: read it with from_huggingface(path).load(plan, comm)"
     if any(OURS.fullmatch(name) for name in names):

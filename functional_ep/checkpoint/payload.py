@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,16 +50,24 @@ def _write(
 ) -> None:
     by_name = {part.name: part for part in parts}
     header, places, size = make_header(folder, {name: p.x for name, p in by_name.items()})
-    digests = {place.name: digests_of(by_name[place.name].x, block) for place in places}
-    content = digest(header + "".join(d for each in digests.values() for d in each).encode())
-    name = f"{stem}-{content}.safetensors"
-    memories = [memory_of(by_name[place.name].x) for place in places]
-    _put(folder, name, size, [memoryview(header), *memories], earlier, disk)
+    xs = [by_name[place.name].x for place in places]
+    temporary = growing(folder / stem)
+    with ThreadPoolExecutor(1) as beside:  # digests and writing both leave the interpreter alone
+        sealing = beside.submit(lambda: [digests_of(x, block) for x in xs])
+        if not (earlier and _linked(earlier / _name(stem, header, sealing), size, temporary, disk)):
+            write_all(temporary, [memoryview(header), *map(memory_of, xs)], disk)
+        name = _name(stem, header, sealing)
+    disk.rename(temporary, folder / name)
     written.payloads[name] = Payload(size, len(header), digest(header))
-    for place in places:
+    for place, digests in zip(places, sealing.result(), strict=True):
         part = by_name[place.name]
-        piece = Piece(part.lo, part.hi, name, digests[place.name])
-        written.pieces.append((part.leaf, part.role, piece))
+        written.pieces.append((part.leaf, part.role, Piece(part.lo, part.hi, name, digests)))
+
+
+def _name(stem: str, header: bytes, sealing: Future[list[tuple[str, ...]]]) -> str:
+    """Of a file with this content; two of one name have the same."""
+    seals = "".join(seal for digests in sealing.result() for seal in digests)
+    return f"{stem}-{digest(header + seals.encode())}.safetensors"
 
 
 def write_attached(
@@ -68,23 +77,12 @@ def write_attached(
     written: dict[str, Attached] = {}
     for name, content in files.items():
         stored = f"file-{digest(content)}-{name}"
-        _put(folder, stored, len(content), [memoryview(content)], earlier, disk)
+        temporary = growing(folder / stored)
+        if not (earlier and _linked(earlier / stored, len(content), temporary, disk)):
+            write_all(temporary, [memoryview(content)], disk)
+        disk.rename(temporary, folder / stored)
         written[name] = Attached(stored, len(content), digest(content))
     return written
-
-
-def _put(
-    folder: Path,
-    name: str,
-    size: int,
-    memories: list[memoryview],
-    earlier: Path | None,
-    disk: Disk,
-) -> None:
-    temporary = growing(folder / name)
-    if not (earlier and _linked(earlier / name, size, temporary, disk)):
-        write_all(temporary, memories, disk)
-    disk.rename(temporary, folder / name)
 
 
 def _linked(old: Path, size: int, new: Path, disk: Disk) -> bool:

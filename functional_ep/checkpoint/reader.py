@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import threading
 from bisect import bisect_right
-from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,16 +36,15 @@ class Wanted(NamedTuple):
 
 
 class Reader:
-    """Reads blocks: what is wanted of a block costs reading all of it, and memory for one."""
+    """Reads blocks: what is wanted of a block costs reading all of it, and memory for one.
+
+    Several threads may read at a time.
+    """
 
     def __init__(self, path: Path, manifest: Manifest, verify: bool, disk: Disk) -> None:
         self.path, self.manifest, self.verify, self.disk = path, manifest, verify, disk
         self.headers: dict[str, dict[str, InFile]] = {}
-
-    @cached_property
-    def staging(self) -> Tensor:
-        """Memory for a block."""
-        return torch.empty(self.manifest.block, dtype=torch.uint8)
+        self.memory = threading.local()
 
     def fill(self, wanted: Wanted, lo: int, out: Tensor) -> None:
         """``out = ravel(x)[lo : lo + len(out)]``, in the dtype and on the device of ``out``."""
@@ -66,7 +65,10 @@ class Reader:
             self._block(wanted, piece, place, first, block)
 
     def _staged(self, dtype: torch.dtype, count: int) -> Tensor:
-        return self.staging[: count * dtype.itemsize].view(dtype)
+        """Memory for a block, one of each thread."""
+        if not hasattr(self.memory, "block"):
+            self.memory.block = torch.empty(self.manifest.block, dtype=torch.uint8)
+        return self.memory.block[: count * dtype.itemsize].view(dtype)
 
     def _read(self, wanted: Wanted, piece: Piece, start: int, out: Tensor) -> None:
         """Entries of a piece from ``start`` on, block by block."""

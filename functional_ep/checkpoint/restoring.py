@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from sharding.gather import Layout
 from sharding.leaf import Leaf
 
 LISTED = 8  # names in an error message
+READERS = 4  # threads
 
 
 def restore(
@@ -98,7 +100,7 @@ def restore_params(
     [{'w': tensor([0., 1., 2.])}]
     """
     reader = _open(Path(path), plan, comm, verify, disk)
-    return together(lambda: plan.unflatten(_shards(reader, plan, comm, cast)), comm)
+    return together(lambda: _params(reader, plan, comm, cast), comm)
 
 
 def _open(path: Path, plan: Plan, comm: Comm, verify: bool, disk: Disk) -> Reader:
@@ -110,44 +112,57 @@ def _open(path: Path, plan: Plan, comm: Comm, verify: bool, disk: Disk) -> Reade
 
 
 def _state(reader: Reader, plan: Plan, comm: Comm, cast: bool) -> State:
-    entries = {entry.path: entry for entry in reader.manifest.leaves}
-    frozen = {path for path, entry in entries.items() if entry.frozen}
-    shards = _shards(reader, plan, comm, cast)
-    opt: dict[str, Moments] = {}
-    for label in plan.trained:
-        its = {
-            leaf.path: (leaf, layout)
-            for leaf, layout in zip(plan.leaves, plan.layouts, strict=True)
-            if leaf.label == label
-        }
-        held = {path: [n for n in entries[path].tensors if n != PARAMS] for path in its}
-        opt[label] = {
-            name: {
-                path: _read(reader, Wanted(entries[path], name), leaf, layout, comm)
-                for path, (leaf, layout) in its.items()
-            }
-            for name in moments_in_common(label, held, frozen)
-        }
-    step = torch.tensor(reader.manifest.step, dtype=torch.int64)
-    return State(step, plan.unflatten(shards), opt)
-
-
-def _shards(reader: Reader, plan: Plan, comm: Comm, cast: bool) -> list[Tensor]:
-    """The parameters, after all has been compared that needs no reading."""
+    """What needs no reading is compared first; then all tensors are read."""
     _refuse_others(reader.manifest, plan, cast)
     entries = {entry.path: entry for entry in reader.manifest.leaves}
-    return [
-        _read(reader, Wanted(entries[leaf.path], PARAMS), leaf, layout, comm)
-        for leaf, layout in zip(plan.leaves, plan.layouts, strict=True)
-    ]
+    frozen = {path for path, entry in entries.items() if entry.frozen}
+    paths = {
+        label: [leaf.path for leaf in plan.leaves if leaf.label == label] for label in plan.trained
+    }
+    names = {
+        label: moments_in_common(
+            label, {p: [n for n in entries[p].tensors if n != PARAMS] for p in its}, frozen
+        )
+        for label, its in paths.items()
+    }
+    tensors = [(PARAMS, leaf.path) for leaf in plan.leaves]
+    tensors += [(name, path) for label in paths for name in names[label] for path in paths[label]]
+    found = _read_all(reader, tensors, plan, comm)
+    opt: dict[str, Moments] = {
+        label: {name: {path: found[name, path] for path in its} for name in names[label]}
+        for label, its in paths.items()
+    }
+    params = plan.unflatten([found[PARAMS, leaf.path] for leaf in plan.leaves])
+    return State(torch.tensor(reader.manifest.step, dtype=torch.int64), params, opt)
 
 
-def _read(reader: Reader, wanted: Wanted, leaf: Leaf, layout: Layout, comm: Comm) -> Tensor:
+def _params(reader: Reader, plan: Plan, comm: Comm, cast: bool) -> Any:
+    _refuse_others(reader.manifest, plan, cast)
+    tensors = [(PARAMS, leaf.path) for leaf in plan.leaves]
+    return plan.unflatten(list(_read_all(reader, tensors, plan, comm).values()))
+
+
+def _read_all(
+    reader: Reader, tensors: list[tuple[str, str]], plan: Plan, comm: Comm
+) -> dict[tuple[str, str], Tensor]:
+    """This rank's shards by role and path, a few at a time: threads read side by side."""
+    entries = {entry.path: entry for entry in reader.manifest.leaves}
+    layouts = {leaf.path: layout for leaf, layout in zip(plan.leaves, plan.layouts, strict=True)}
+
+    def read(tensor: tuple[str, str]) -> Tensor:
+        role, path = tensor
+        return _read(reader, Wanted(entries[path], role), layouts[path], comm)
+
+    with ThreadPoolExecutor(READERS) as beside:
+        return dict(zip(tensors, beside.map(read, tensors), strict=True))
+
+
+def _read(reader: Reader, wanted: Wanted, layout: Layout, comm: Comm) -> Tensor:
     """This rank's shard of a tensor; a moment that is like its parameter is cast like it."""
-    dtype, params = (wanted.entry.tensors[role].dtype for role in (wanted.role, PARAMS))
+    like = wanted.dtype == wanted.entry.tensors[PARAMS].dtype
     lo, hi = interval(layout.rule, layout.mesh, comm.rank, layout.shape)
-    cast = leaf.dtype if dtype == params else dtype
-    shard = torch.empty(layout.shard_size, dtype=cast, device=comm.device)
+    dtype = layout.dtype if like else wanted.dtype
+    shard = torch.empty(layout.shard_size, dtype=dtype, device=comm.device)
     reader.fill(wanted, lo, shard[: hi - lo])
     shard[hi - lo :] = 0
     return shard
