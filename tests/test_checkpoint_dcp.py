@@ -13,7 +13,6 @@ import torch
 import torch.distributed.checkpoint as stock
 from farm import Farm
 from hypothesis import given
-from optree import tree_map
 from states import Pair, a_plan, alone, pairs, same, state_of
 from torch import Tensor
 
@@ -188,9 +187,31 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
         load(path, plan())
 
 
+def test_what_fails_leaves_nothing(tmp_path: Path) -> None:
+    def program(comm: Comm) -> None:
+        state = state_of(a_plan(), comm.rank, 5)
+        wrong = state._replace(opt={}) if comm.rank == 1 else state
+        to_dcp(tmp_path / "x", wrong, a_plan(), comm)
+
+    def nameless(role: str, path: str) -> str:
+        raise KeyError(path)
+
+    with pytest.raises(ValueError, match="rank 1: the state has optimizer states for"):
+        simulate(program, a_plan().mesh)
+    with pytest.raises(KeyError, match="b"):
+        simulate(
+            lambda comm: to_dcp(
+                tmp_path / "x", state_of(alone(), 0, 5), alone(), comm, name_of=nameless
+            ),
+            Mesh(),
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_structures_nest(tmp_path: Path) -> None:
     params = {"blocks": [{"w": torch.ones(2, 2)}, {"w": torch.zeros(3)}]}
-    plan = make_plan(params, tree_map(lambda _: "x", params), {"x": zero3("ep")}, Mesh(ep=2))
+    labels = {"blocks": [{"w": "x"}, {"w": "x"}]}
+    plan = make_plan(params, labels, {"x": zero3("ep")}, Mesh(ep=2))
     saved(tmp_path / "x", plan, 1)
     found = {"params.blocks.0.w": torch.empty(2, 2), "params.blocks.1.w": torch.empty(3)}
     stock.load(found, checkpoint_id=tmp_path / "x", no_dist=True)

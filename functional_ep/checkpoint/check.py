@@ -93,6 +93,22 @@ def verify(path: str | Path, *, disk: Disk = DISK) -> Contents:
 
     A problem names leaf, piece and file. A damaged manifest, of which nothing can be believed, is
     an error as in :func:`describe`.
+
+    >>> from pathlib import Path
+    >>> from tempfile import TemporaryDirectory
+    >>> from sharding import Mesh, make_plan, replicated, simulate
+    >>> from functional_ep import init_state, save, sgd
+    >>> params = {"w": torch.ones(3)}
+    >>> plan = make_plan(params, {"w": "dense"}, {"dense": replicated()}, Mesh())
+    >>> def program(comm, path):
+    ...     save(path, init_state(plan.shard(params, comm), plan, sgd(0.1)), plan, comm)
+    >>> with TemporaryDirectory() as path:
+    ...     _ = simulate(program, plan.mesh, [path])
+    ...     (payload,) = Path(path).glob("rank-*")
+    ...     whole = payload.read_bytes()
+    ...     _ = payload.write_bytes(whole[:-1] + b"!")
+    ...     verify(path).problems[0].split(" in ")[0]
+    "params['w'] [0:3]"
     """
     path = Path(path)
     manifest = read_manifest(path, disk)
@@ -100,7 +116,12 @@ def verify(path: str | Path, *, disk: Disk = DISK) -> Contents:
 
 
 def attached(path: str | Path, name: str, *, disk: Disk = DISK) -> bytes:
-    """The bytes of a file that was saved along, verified."""
+    """The bytes of a file that was saved along, ``save(..., files={name: ...})``, verified.
+
+    Raises:
+        FileNotFoundError: no such file; those that there are are named.
+        ValueError: it is damaged.
+    """
     path = Path(path)
     manifest = read_manifest(path, disk)
     if name not in manifest.files:

@@ -128,8 +128,8 @@ def _metadata(records: list[dict[str, Any]], folder: Path, step: int) -> Metadat
     stream = io.BytesIO()
     place = save_box(stream, torch.tensor(step))
     write_all(folder / "__step.distcp", [stream.getbuffer()], DISK)
-    shapes = {STEP: ((), "I64")} | records[0]["shapes"]
-    entries = [(STEP, (), "__step.distcp", *place)]
+    shapes: dict[str, Any] = {STEP: ((), "I64")} | records[0]["shapes"]
+    entries: list[Any] = [(STEP, (), "__step.distcp", *place)]
     entries += [entry for record in records for entry in record["entries"]]
     tensors = {
         name: TensorStorageMetadata(
@@ -176,6 +176,18 @@ def from_dcp(
         FileNotFoundError: no such directory.
         ValueError: a table of contents with anything in it that is no part of one; a tensor that is
             missing, or has another shape or dtype; chunks that leave a gap.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> from sharding import Mesh, make_plan, replicated, simulate
+    >>> params = {"w": torch.arange(3.0)}
+    >>> plan = make_plan(params, {"w": "dense"}, {"dense": replicated()}, Mesh())
+    >>> def program(comm, path):
+    ...     state = State(torch.tensor(7), plan.shard(params, comm), {"dense": {}})
+    ...     to_dcp(path, state, plan, comm)
+    ...     return from_dcp(path, plan, comm, moments=())
+    >>> with TemporaryDirectory() as directory:
+    ...     simulate(program, plan.mesh, [directory + "/exchange"])[0].params
+    {'w': tensor([0., 1., 2.])}
     """
     plan.check_mesh(comm)
 

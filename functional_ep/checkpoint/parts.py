@@ -119,11 +119,14 @@ class Buffers:
         self._memory: dict[str, Tensor] = {}
 
     def copies(self, parts: Sequence[Part]) -> list[Part]:
-        """The same parts, in CPU memory that no step writes into."""
+        """The same parts, in CPU memory that no step writes into: of what is frozen, its own."""
         return list(self._copies(parts))
 
     def _copies(self, parts: Sequence[Part]) -> Iterator[Part]:
         for part in parts:
+            if part.frozen and not part.x.is_cuda:
+                yield part
+                continue
             held = self._memory.get(part.name)
             if held is None or held.dtype != part.x.dtype:
                 held = torch.empty(part.x.shape, dtype=part.x.dtype, pin_memory=part.x.is_cuda)
