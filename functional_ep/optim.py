@@ -6,8 +6,8 @@ stale. ``update`` works on lists of shards; it is elementwise, so it commutes wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,12 +22,30 @@ Leaves = list[Tensor]
 VECTOR = 16  # entries; a multiple of every CPU's vector register, float32 and wider
 
 
+class Update(Protocol):
+    """``params', moments' = update(step, params, grads, moments, donate, factor)``.
+
+    Lists in one order: parameters, gradients and, by name, moments. With a ``factor``, a scalar,
+    the gradient is ``factor * grads``, and the list and its tensors are the update's to write into.
+    """
+
+    def __call__(
+        self,
+        step: Tensor,
+        params: Leaves,
+        grads: Leaves,
+        moments: dict[str, Leaves],
+        donate: bool,
+        factor: Tensor | None = None,
+    ) -> tuple[Leaves, dict[str, Leaves]]: ...
+
+
 class Optimizer(NamedTuple):
     """``moments = init(params)``, ``params, moments = update(step, params, grads, moments, ...)``.
 
-    ``init`` maps ``{path: shard}`` to ``{moment: {path: tensor}}``. ``update`` takes lists in one
-    order: parameters, gradients and, by name, moments. It returns new tensors; with ``donate`` it
-    writes into the given ones, to the same bits. ``rate`` is the learning rate's schedule.
+    ``init`` maps ``{path: shard}`` to ``{moment: {path: tensor}}``. ``update`` is an
+    :class:`Update`. It returns new tensors; with ``donate`` it writes into the given ones, to the
+    same bits. ``rate`` is the learning rate's schedule.
 
     >>> params, gradients = [torch.ones(2)], [torch.ones(2)]
     >>> sgd(0.1).update(torch.tensor(0), params, gradients, {}, False)[0]
@@ -35,9 +53,7 @@ class Optimizer(NamedTuple):
     """
 
     init: Callable[[dict[str, Tensor]], Moments]
-    update: Callable[
-        [Tensor, Leaves, Leaves, dict[str, Leaves], bool], tuple[Leaves, dict[str, Leaves]]
-    ]
+    update: Update
     rate: Schedule
 
 
@@ -86,12 +102,17 @@ def sgd(
         return {"m": _zeros(params)} if momentum else {}
 
     def update(
-        step: Tensor, params: Leaves, grads: Leaves, moments: dict[str, Leaves], donate: bool
+        step: Tensor,
+        params: Leaves,
+        grads: Leaves,
+        moments: dict[str, Leaves],
+        donate: bool,
+        factor: Tensor | None = None,
     ) -> tuple[Leaves, dict[str, Leaves]]:
         rate, decay = at(lr, step), at(weight_decay, step)
         new: Leaves = []
         ms: Leaves = []
-        for i, (p, g) in enumerate(zip(params, grads, strict=True)):
+        for i, (p, g) in enumerate(zip(params, _scaled(grads, factor), strict=True)):
             d = g + decay.to(g.dtype) * p if weight_decay else g
             if momentum:
                 m = momentum * moments["m"][i] + d
@@ -125,24 +146,42 @@ def adamw(
         return {"m": _zeros(params), "v": _zeros(params)}
 
     def update(
-        step: Tensor, params: Leaves, grads: Leaves, moments: dict[str, Leaves], donate: bool
+        step: Tensor,
+        params: Leaves,
+        grads: Leaves,
+        moments: dict[str, Leaves],
+        donate: bool,
+        factor: Tensor | None = None,
     ) -> tuple[Leaves, dict[str, Leaves]]:
         rate, decay = at(lr, step), at(weight_decay, step)
         if torch._C._are_functorch_transforms_active():
-            return _adamw_formula(step, params, grads, moments, (rate, decay, b1, b2, eps))
+            scaled = list(_scaled(grads, factor))
+            return _adamw_formula(step, params, scaled, moments, (rate, decay, b1, b2, eps))
         own = list if donate else _copies
         p, m, v = own(params), own(moments["m"]), own(moments["v"])
         hyper = dict(lr=float(rate), beta1=b1, beta2=b2, weight_decay=float(decay), eps=eps)
         for columns in _whole_vectors(p, grads, m, v):
-            clock = (step + 1).to(columns[0][0].device, torch.float32)
-            steps = [clock] * len(columns[0])
-            # Its stub knows neither unpacked lists nor unpacked keywords.
-            torch._fused_adamw_(  # pyright: ignore[reportCallIssue]
-                *columns, [], steps, **hyper, amsgrad=False, maximize=False
-            )
+            _fused_adamw(columns, step, hyper, factor)
         return p, {"m": m, "v": v}
 
     return Optimizer(init, update, lambda step: at(lr, step))
+
+
+def _fused_adamw(
+    columns: tuple[Leaves, ...], step: Tensor, hyper: dict[str, float], factor: Tensor | None
+) -> None:
+    """In place. The kernel divides by its scale on the way, a float32: for narrow leaves only."""
+    device = columns[0][0].device
+    steps = [(step + 1).to(device, torch.float32)] * len(columns[0])
+    scale = None
+    if factor is not None and all(g.dtype.itemsize <= 4 for g in columns[1]):
+        scale = (1 / factor).to(device, torch.float32)
+    elif factor is not None:
+        torch._foreach_mul_(columns[1], factor.to(device))
+    # Its stub knows neither unpacked lists nor unpacked keywords.
+    torch._fused_adamw_(  # pyright: ignore[reportCallIssue]
+        *columns, [], steps, **hyper, amsgrad=False, maximize=False, grad_scale=scale
+    )
 
 
 Hyper = tuple[Tensor, Tensor, float, float, float]
@@ -193,6 +232,11 @@ def _whole_vectors(*columns: Leaves) -> Iterator[tuple[Leaves, ...]]:
         for tail, column in zip(rest, filled, strict=True):
             for i, x in zip(ends, column, strict=True):
                 tail[i].copy_(x[: tail[i].numel()])
+
+
+def _scaled(grads: Leaves, factor: Tensor | None) -> Iterable[Tensor]:
+    """One at a time."""
+    return grads if factor is None else (g * factor.to(g.dtype) for g in grads)
 
 
 def _zeros(params: dict[str, Tensor]) -> dict[str, Tensor]:

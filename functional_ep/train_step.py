@@ -148,7 +148,7 @@ class _Update:
         factor = per_token
         if self.clip is not None:
             factor = factor * (self.clip / (norm + EPS)).clamp(max=1.0)
-        scaled = dict(zip(self.trained, _scale(grads, factor, self.donate), strict=True))
+        summed = dict(zip(self.trained, grads, strict=True))
         new: Leaves = list(shards)
         opt: dict[str, dict[str, dict[str, Tensor]]] = {}
         for label, positions in self.positions.items():
@@ -159,9 +159,10 @@ class _Update:
             params, moments = self.optimizers[label].update(
                 state.step,
                 [shards[i] for i in positions],
-                [scaled[i] for i in positions],
+                [summed[i] for i in positions],
                 before,
                 self.donate,
+                factor,
             )
             for i, p in zip(positions, params, strict=True):
                 new[i] = p
@@ -175,15 +176,6 @@ class _Update:
         """The learning rates of this step, for the metrics."""
         rates = {f"lr/{label}": tx.rate(step) for label, tx in self.optimizers.items()}
         return {"lr": rates.popitem()[1]} if self.single and rates else rates
-
-
-def _scale(grads: Leaves, factor: Tensor, donate: bool) -> Leaves:
-    """``factor * grads``; the same product in place, where the gradients are ours alone."""
-    if donate:
-        for g in grads:
-            g.mul_(factor.to(g.dtype))
-        return grads
-    return [g * factor.to(g.dtype) for g in grads]
 
 
 def _check(state: Any, batches: tuple[Any, ...], donate: bool, votes: bool) -> None:

@@ -21,12 +21,18 @@ def inputs(size: int, seed: int, moments: list[str], dtype: torch.dtype) -> dict
 
 
 def updated(
-    optimizer: Optimizer, step: int, pieces: dict[str, Pieces], donate: bool
+    optimizer: Optimizer,
+    step: int,
+    pieces: dict[str, Pieces],
+    donate: bool,
+    factor: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The new parameters and moments, all pieces joined."""
     own = {name: [x.clone() for x in xs] for name, xs in pieces.items()}
     moments = {name: own[name] for name in own if name not in ("p", "g")}
-    params, after = optimizer.update(torch.tensor(step), own["p"], own["g"], moments, donate)
+    params, after = optimizer.update(
+        torch.tensor(step), own["p"], own["g"], moments, donate, factor
+    )
     return {name: torch.cat(xs) for name, xs in ({"p": params} | after).items()}
 
 
@@ -37,6 +43,7 @@ def updated(
     st.integers(0, 9),
     st.sampled_from([torch.float32, torch.float64]),
     st.booleans(),
+    st.sampled_from([None, torch.tensor(0.37, dtype=torch.float64)]),
     st.integers(0, 2**20),
 )
 def test_update_commutes_with_cutting(
@@ -46,6 +53,7 @@ def test_update_commutes_with_cutting(
     step: int,
     dtype: torch.dtype,
     donate: bool,
+    factor: Tensor | None,
     seed: int,
 ) -> None:
     optimizer = choice.make()
@@ -53,7 +61,21 @@ def test_update_commutes_with_cutting(
     whole = inputs(size, seed, names, dtype)
     places = sorted(min(cut, size) for cut in cuts)
     pieces = {name: list(x.tensor_split(places)) for name, x in whole.items()}
-    at_once = updated(optimizer, step, {name: [x] for name, x in whole.items()}, False)
-    in_pieces = updated(optimizer, step, pieces, donate)
+    at_once = updated(optimizer, step, {name: [x] for name, x in whole.items()}, False, factor)
+    in_pieces = updated(optimizer, step, pieces, donate, factor)
     for name, x in at_once.items():
         assert torch.equal(in_pieces[name], x), f"{choice.name}: {name}, cut at {places} of {size}"
+
+
+@given(chosen(), st.sampled_from([torch.float32, torch.float64]), st.integers(0, 2**20))
+def test_a_factor_scales_the_gradient(choice: Chosen, dtype: torch.dtype, seed: int) -> None:
+    optimizer, factor = choice.make(), torch.tensor(0.37, dtype=torch.float64)
+    whole = inputs(40, seed, list(optimizer.init({"x": torch.zeros(1)})), dtype)
+    given = {name: [x] for name, x in whole.items()}
+    scaled = given | {"g": [whole["g"] * factor.to(dtype)]}
+    found, right = updated(optimizer, 3, given, True, factor), updated(optimizer, 3, scaled, True)
+    eps = torch.finfo(dtype).eps
+    for name, x in right.items():
+        torch.testing.assert_close(found[name], x, rtol=16 * eps, atol=16 * eps)
+    unscaled = updated(optimizer, 3, given, True)
+    assert any(not torch.equal(unscaled[name], x) for name, x in right.items())
