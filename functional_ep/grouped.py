@@ -39,11 +39,7 @@ def grouped_mm(x: Tensor, w: Tensor, counts: Sequence[int]) -> Tensor:
             [4.],
             [4.]])
     """
-    if len(counts) != w.shape[0] or sum(counts) != x.shape[0]:
-        raise ValueError(
-            f"grouped_mm: counts {tuple(counts)} for {x.shape[0]} rows and {w.shape[0]} experts"
-        )
-    return _GroupedMm.apply(x, w, _known(counts))
+    return _GroupedMm.apply(x, w, fitting(counts, x.shape[0], w.shape[0]))
 
 
 def grouped_outer(g: Tensor, x: Tensor, counts: Sequence[int]) -> Tensor:
@@ -77,6 +73,15 @@ class Counts(tuple[int, ...]):
         if self.found is None or self.found.device != device:
             self.found = torch.tensor(list(accumulate(self)), dtype=torch.int32, device=device)
         return self.found
+
+
+def fitting(counts: Sequence[int], rows: int, experts: int) -> Counts:
+    """The counts, or an error if they are not of so many rows and experts."""
+    if len(counts) != experts or sum(counts) != rows:
+        raise ValueError(
+            f"grouped_mm: counts {tuple(counts)} for {rows} rows and {experts} experts"
+        )
+    return _known(counts)
 
 
 def _known(counts: Sequence[int]) -> Counts:
@@ -129,7 +134,7 @@ class _GroupedMm(Node):
         (dx, dw, _), (x, w) = tangents, ctx.saved_tensors
         from_x = None if dx is None else _GroupedMm.apply(dx, w, ctx.counts)
         from_w = None if dw is None else _GroupedMm.apply(x, dw, ctx.counts)
-        return _add(from_x, from_w)
+        return add(from_x, from_w)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
@@ -181,7 +186,7 @@ class _GroupedOuter(Node):
         (dg, dx, _), (g, x) = tangents, ctx.saved_tensors
         from_g = None if dg is None else _GroupedOuter.apply(dg, x, ctx.counts)
         from_x = None if dx is None else _GroupedOuter.apply(g, dx, ctx.counts)
-        return _add(from_g, from_x)
+        return add(from_g, from_x)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
@@ -200,7 +205,8 @@ class _GroupedOuter(Node):
         return o.unflatten(0, (lanes, len(counts))), 0
 
 
-def _add(a: Tensor | None, b: Tensor | None) -> Tensor:
+def add(a: Tensor | None, b: Tensor | None) -> Tensor:
+    """The sum of two tangents, of which one may be absent."""
     if a is None or b is None:
         present = b if a is None else a
         assert present is not None

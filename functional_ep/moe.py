@@ -19,9 +19,9 @@ from sharding.comm import Comm
 from sharding.mesh import Axes
 
 from .grouped import Counts, grouped_mm
-from .permute import Order, collect, sort_order, spread
+from .permute import Order, collect, mix, sort_order, spread
 from .routing import Routing, count_experts
-from .swiglu import swiglu
+from .swiglu import swiglu_mm
 
 
 class Dispatched(NamedTuple):
@@ -89,7 +89,7 @@ def expert_ffn(gate_up: Tensor, down: Tensor, rows_RD: Tensor, counts_e: tuple[i
         rows_RD: sorted by local expert.
         counts_e: rows per local expert.
     """
-    return grouped_mm(swiglu(grouped_mm(rows_RD, gate_up, counts_e)), down, counts_e)
+    return swiglu_mm(grouped_mm(rows_RD, gate_up, counts_e), down, counts_e)
 
 
 def bring_back(rows_RD: Tensor, dispatched: Dispatched, axes: Axes, comm: Comm) -> Tensor:
@@ -107,12 +107,20 @@ def bring_back(rows_RD: Tensor, dispatched: Dispatched, axes: Axes, comm: Comm) 
 
 
 def combine(
-    rows_RD: Tensor, scores_TK: Tensor, dispatched: Dispatched, axes: Axes, comm: Comm
+    rows_RD: Tensor,
+    scores_TK: Tensor,
+    dispatched: Dispatched,
+    axes: Axes,
+    comm: Comm,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """``y_t = sum_k score_tk row_tk``: the rows back at their tokens, weighed and summed."""
-    rows, way = _returned(rows_RD, dispatched, axes, comm), dispatched
-    weights = spread(scores_TK.reshape(-1, 1), way.by_expert)
-    return collect(rows * weights.to(rows.dtype), way.by_expert, scores_TK.shape[-1])
+    """``y_t = sum_k score_tk row_tk``: the rows back at their tokens, weighed and summed.
+
+    They travel as they are, and are summed in ``dtype``, by default their own.
+    """
+    rows = _returned(rows_RD, dispatched, axes, comm)
+    wide = dtype or rows.dtype
+    return mix(rows.to(wide), scores_TK.to(wide), dispatched.by_expert)
 
 
 def _returned(rows: Tensor, way: Dispatched, axes: Axes, comm: Comm) -> Tensor:

@@ -112,9 +112,9 @@ functional_ep.checkpoint.dcp      <- agreement box checkpoint.boxed checkpoint.d
 functional_ep.checkpoint          <- checkpoint.check checkpoint.checkpoints checkpoint.folder
                                      checkpoint.restoring checkpoint.saving
 functional_ep.routing       <- sharding.closed
-functional_ep.permute       <- sharding.node
 functional_ep.grouped       <- sharding.closed sharding.node
-functional_ep.swiglu        <- sharding.closed sharding.node
+functional_ep.permute       <- grouped sharding.node
+functional_ep.swiglu        <- grouped sharding.closed sharding.node
 functional_ep.moe           <- grouped permute routing swiglu
                                sharding.closed sharding.collectives sharding.comm sharding.mesh
 functional_ep.attention     <-
@@ -129,7 +129,7 @@ functional_ep.huggingface.convert <- huggingface.lazy huggingface.names huggingf
 functional_ep.huggingface.load    <- huggingface.convert huggingface.lazy huggingface.names
                                      huggingface.source sharding
 functional_ep.huggingface.parts   <-
-functional_ep.huggingface.experts <- grouped moe sharding.comm sharding.mesh
+functional_ep.huggingface.experts <- grouped moe swiglu sharding.comm sharding.mesh
 functional_ep.huggingface.adapters <- grouped huggingface.experts huggingface.stacks
 functional_ep.huggingface.lora    <- grouped huggingface.experts huggingface.lazy
 functional_ep.huggingface.adapted <- huggingface.load huggingface.source sharding

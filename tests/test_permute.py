@@ -1,20 +1,24 @@
-"""spread and collect: each row to its choices and back, transposes of each other, to the bit."""
+"""spread, collect, mix: each row to its choices and back, transposes of each other, to the bit."""
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from budget import one_in
 from hypothesis import example, given
 from hypothesis import strategies as st
-from kernel_cases import check_closed
-from moe_cases import normal
+from kernel_cases import check_closed, mapped
+from moe_cases import assert_each_close, normal
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from functional_ep.permute import Order, collect, sort_order, spread
+from functional_ep.permute import Order, collect, mix, sort_order, spread
 from sharding.testing import exact, seeds
 
 
@@ -115,3 +119,69 @@ def test_another_order_in_each_lane_is_refused(f: Callable[[Tensor, Order], Tens
     by = Order(torch.tensor([[0, 1], [1, 0]]), torch.tensor([[0, 1], [1, 0]]))
     with pytest.raises(ValueError, match="a different order in each lane"):
         torch.vmap(lambda x, by: f(x, Order(*by)), (None, 0))(torch.ones(2, 1), tuple(by))
+
+
+def weights(case: Rows, numbers: Callable[..., Tensor] = normal) -> Tensor:
+    return numbers((case.tokens, case.choices), case.seed + 2)
+
+
+def mixed(y: Tensor, w: Tensor, case: Rows) -> Tensor:
+    return added(y * w.reshape(-1)[case.by.order, None], case)
+
+
+@example(HARD)
+@given(rows())
+def test_a_mixture_is_the_weighed_sum_of_each_tokens_rows(case: Rows) -> None:
+    y, w = exact((len(case.keys), 2), case.seed), weights(case, exact)
+    assert torch.equal(mix(y, w, case.by), mixed(y, w, case))
+
+
+@one_in(20)
+@example(HARD)
+@given(rows())
+def test_a_mixture_is_closed_under_every_transform(case: Rows) -> None:
+    check_closed(
+        lambda xs: [mix(xs[0], xs[1], case.by)],
+        lambda xs: [mixed(xs[0], xs[1], case)],
+        [normal((len(case.keys), 2), case.seed), weights(case)],
+    )
+
+
+DIMS = [dims for dims in itertools.product([None, 0, 1, -1], repeat=2) if dims != (None, None)]
+
+
+@pytest.mark.parametrize("dims", DIMS)
+def test_rows_or_weights_of_a_mixture_may_be_mapped(dims: tuple[int | None, int | None]) -> None:
+    pair = normal((len(HARD.keys), 2), 0), weights(HARD)
+    xs = [mapped(x, dim, 2) for x, dim in zip(pair, dims, strict=True)]
+    found = torch.vmap(lambda y, w: mix(y, w, HARD.by), dims)(*xs)
+    assert_each_close([found], [torch.vmap(lambda y, w: mixed(y, w, HARD), dims)(*xs)])
+
+
+class Rowwise(TorchDispatchMode):
+    """The most rows of any new tensor that operations return."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        known = {x.untyped_storage().data_ptr() for x in given}
+        result = func(*args, **(kwargs or {}))
+        for y in tree_leaves(result):
+            new = isinstance(y, Tensor) and y.untyped_storage().data_ptr() not in known
+            if new and y.is_floating_point() and y.dim() > 1:
+                self.most = max(self.most, math.prod(y.shape[:-1]))
+        return result
+
+
+def most_rows(f: Callable[[], Tensor]) -> int:
+    with Rowwise() as seen:
+        f()
+    return seen.most
+
+
+def test_sums_come_back_without_a_row_for_every_choice() -> None:
+    case = Rows(tuple(range(12)), 4, (2,), 0)
+    y, w = normal((12, 2), 0), weights(case)
+    assert most_rows(lambda: collect(y, case.by, 4)) == most_rows(lambda: mix(y, w, case.by)) == 3
+    assert most_rows(lambda: mixed(y, w, case)) == 12

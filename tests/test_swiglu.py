@@ -13,7 +13,7 @@ from kernel_cases import check_closed
 from moe_cases import normal
 from torch import Tensor
 
-from functional_ep.swiglu import swiglu
+from functional_ep.swiglu import swiglu, swiglu_mm
 from sharding.node import Node
 from sharding.testing import seeds
 
@@ -29,6 +29,29 @@ def composition(gate_up: Tensor) -> Tensor:
 def test_it_is_its_composition_under_every_transform(rows: int, width: int, seed: int) -> None:
     x = normal((rows, 2 * width), seed)
     check_closed(lambda xs: [swiglu(xs[0])], lambda xs: [composition(xs[0])], [x], seed)
+
+
+COUNTS = st.lists(st.integers(0, 2), min_size=1, max_size=3).map(tuple)
+
+
+def pair(counts: tuple[int, ...], width: int, seed: int) -> tuple[Tensor, Tensor]:
+    return normal((sum(counts), 2 * width), seed), normal((len(counts), 2, width), seed + 1)
+
+
+def unfused(h: Tensor, w: Tensor, counts: tuple[int, ...]) -> Tensor:
+    rows = composition(h).split(counts)
+    return torch.cat([x_e @ w_e.T for x_e, w_e in zip(rows, w, strict=True)])
+
+
+@one_in(20)
+@example((2, 0, 1), 2, 0)
+@given(COUNTS, st.integers(1, 2), seeds())
+def test_the_product_with_it_is_closed(counts: tuple[int, ...], width: int, seed: int) -> None:
+    check_closed(
+        lambda xs: [swiglu_mm(xs[0], xs[1], counts)],
+        lambda xs: [unfused(xs[0], xs[1], counts)],
+        list(pair(counts, width, seed)),
+    )
 
 
 class _Plain(Node):
@@ -84,8 +107,8 @@ def test_gradients_stay_finite_where_the_gate_saturates() -> None:
     assert pull(torch.ones_like(y))[0].tolist() == [[0, 1, 2, 0, 0, 1e4]]
 
 
-def saved_bytes(f: Any, x: Tensor) -> int:
-    """What autograd keeps, each storage once, the input aside."""
+def saved_bytes(f: Any, *xs: Tensor) -> int:
+    """What autograd keeps, each storage once, the inputs aside."""
     kept: dict[int, int] = {}
 
     def note(saved: Tensor) -> Tensor:
@@ -94,11 +117,20 @@ def saved_bytes(f: Any, x: Tensor) -> int:
         return saved
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
-        f(x.requires_grad_())
-    return sum(kept.values()) - kept.get(x.untyped_storage().data_ptr(), 0)
+        f(*(x.requires_grad_() for x in xs))
+    return sum(kept.values()) - sum(kept.get(x.untyped_storage().data_ptr(), 0) for x in xs)
 
 
 def test_nothing_is_kept_but_the_input() -> None:
     x = normal((16, 8), 0)
     assert saved_bytes(swiglu, x) == 0
     assert saved_bytes(composition, x) > 0
+    counts, (h, w) = (3, 4), pair((3, 4), 2, 0)
+    assert saved_bytes(lambda h, w: swiglu_mm(h, w, counts), h, w) == 0
+    assert saved_bytes(lambda h, w: unfused(h, w, counts), h, w) > 0
+
+
+def test_counts_that_do_not_fit_are_refused() -> None:
+    h, w = pair((1, 1), 2, 0)
+    with pytest.raises(ValueError, match=r"counts \(3, 0\) for 2 rows and 2 experts"):
+        swiglu_mm(h, w, (3, 0))

@@ -12,13 +12,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import SiLUActivation
+from transformers.integrations.moe import use_experts_implementation
 
 from functional_ep.grouped import grouped_mm
-from functional_ep.moe import bring_back, dispatch
+from functional_ep.moe import Dispatched, bring_back, combine, dispatch
+from functional_ep.swiglu import swiglu_mm
 from sharding.comm import Comm
 from sharding.mesh import Axes
 
 Local = Callable[[Tensor, tuple[int, ...]], Tensor]  # rows sorted by local expert, and their counts
+SILU = (nn.SiLU, SiLUActivation)
 INTERFACE = ("hidden_states", "top_k_index", "top_k_weights")
 
 
@@ -42,9 +46,23 @@ class Place(NamedTuple):
 
     def visit(self, rows_RD: Tensor, ids_RK: Tensor, local: Local) -> Tensor:
         """``local_{id_rk}(rows_r)`` for every choice, at its expert's rank: ``(R, K, D)``."""
-        way = dispatch(rows_RD, ids_RK, self.experts, self.axes, self.comm)
-        back = bring_back(local(way.rows_RD, way.counts_e), way, self.axes, self.comm)
-        return back.view(*ids_RK.shape, *back.shape[1:])
+        return self._back(*self._there(rows_RD, ids_RK, local), ids_RK)
+
+    def weigh(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, local: Local) -> Tensor:
+        """``sum_k w_tk local_{id_tk}(x_t)``, in the wider dtype of weights and rows."""
+        rows_RD, way = self._there(x_TD, ids_TK, local)
+        wide = torch.promote_types(rows_RD.dtype, weights_TK.dtype)
+        if wide.itemsize < 4:  # routing further on hangs on how transformers rounds each product
+            return (self._back(rows_RD, way, ids_TK) * weights_TK[..., None]).sum(1)
+        return combine(rows_RD, weights_TK, way, self.axes, self.comm, wide)
+
+    def _there(self, rows: Tensor, ids: Tensor, local: Local) -> tuple[Tensor, Dispatched]:
+        way = dispatch(rows, ids, self.experts, self.axes, self.comm)
+        return local(way.rows_RD, way.counts_e), way
+
+    def _back(self, rows_RD: Tensor, way: Dispatched, ids_TK: Tensor) -> Tensor:
+        back = bring_back(rows_RD, way, self.axes, self.comm)
+        return back.view(*ids_TK.shape, *back.shape[1:])
 
 
 class Kind(NamedTuple):
@@ -86,33 +104,37 @@ def count_stacked(module: nn.Module) -> int:
 def weighed(place: Place, local: Local, x: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """``sum_k w_tk local_{id_tk}(x_t)``, multiplied after and summed as transformers does."""
     place.chosen(ids_TK)
-    rows_TKD = place.visit(x.reshape(-1, x.shape[-1]), ids_TK, local)
-    return (rows_TKD * weights_TK[..., None]).sum(1).view(x.shape).to(x.dtype)
+    y_TD = place.weigh(x.reshape(-1, x.shape[-1]), ids_TK, weights_TK, local)
+    return y_TD.view(x.shape).to(x.dtype)
 
 
 Added = Callable[[str, Tensor, tuple[int, ...]], Iterable[Tensor]]
 
 
-def decorated(
-    module: Any, place: Place, added: Added = lambda name, rows, counts: ()
-) -> Callable[..., Tensor]:
+def decorated(module: Any, place: Place, added: Added | None = None) -> Callable[..., Tensor]:
     """By the contract of ``use_experts_implementation``: two products, and what lies between.
 
     ``added(name, rows, counts)`` is what adapters add to the product with a parameter.
     """
+    fused = added is None and _is_swiglu(module)
 
     def product(name: str, rows: Tensor, counts: tuple[int, ...]) -> Tensor:
         y = _product(module, rows, name, counts)
-        for more in added(name, rows, counts):
+        for more in () if added is None else added(name, rows, counts):
             y = y + more.to(y.dtype)
         return y
 
     def local(rows_RD: Tensor, counts_e: tuple[int, ...]) -> Tensor:
-        if module.has_gate:
+        if fused:
+            down = _weight(module, "down_proj")
+            gate_up = product("gate_up_proj", rows_RD, counts_e)
+            y = swiglu_mm(gate_up.to(down.dtype), down, counts_e)
+        elif module.has_gate:
             h = module._apply_gate(product("gate_up_proj", rows_RD, counts_e))
+            y = product("down_proj", h, counts_e)
         else:
             h = module.act_fn(product("up_proj", rows_RD, counts_e))
-        y = product("down_proj", h, counts_e)
+            y = product("down_proj", h, counts_e)
         return module.post_expert_norm(y) if has_post_norm(module) else y
 
     def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -125,10 +147,24 @@ def has_post_norm(module: Any) -> bool:
     return bool(getattr(module, "has_post_expert_norm", False))
 
 
-def _product(module: Any, rows: Tensor, name: str, counts: tuple[int, ...]) -> Tensor:
+def _is_swiglu(module: Any) -> bool:
+    """Whether ``silu(gate) * up`` lies between the products: the decorator's gate, not its own."""
+    if not module.has_gate or module.has_bias:
+        return False
+    default = type(module)._apply_gate.__module__ == use_experts_implementation.__module__
+    return default and isinstance(module.act_fn, SILU)
+
+
+def _weight(module: Any, name: str) -> Tensor:
+    """One matrix per expert, output dim first."""
     weight = getattr(module, name)
+    return weight.mT if module.is_transposed else weight
+
+
+def _product(module: Any, rows: Tensor, name: str, counts: tuple[int, ...]) -> Tensor:
+    weight = _weight(module, name)
     rows = rows.to(weight.dtype)
-    y = grouped_mm(rows, weight.mT if module.is_transposed else weight, counts)
+    y = grouped_mm(rows, weight, counts)
     if not module.has_bias:
         return y
     bias = getattr(module, f"{name}_bias")
