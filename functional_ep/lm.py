@@ -19,6 +19,7 @@ from sharding.mesh import Axes
 from sharding.sharded import Backward
 
 from .attention import attention, rotary_table
+from .cross_entropy import IGNORE, cross_entropy
 from .differentiate import sum_over_ranks
 from .labels import label_by_path
 from .moe import moe
@@ -26,7 +27,6 @@ from .routing import Statistics, balance_loss, route, statistics
 
 Params = dict[str, Any]
 Batch = Mapping[str, Tensor]
-IGNORE = -100  # the label of a position without a target, as in torch's cross_entropy
 
 labels = label_by_path({"*/experts/*": "expert"}, default="dense")
 
@@ -163,10 +163,7 @@ def loss(
         input_ids, targets = _checked(batch)
         constants = _constants(cfg, input_ids, batch.get("attention_mask"))
         logits, layers = run(units(shards), input_ids, constants)
-        wide = logits.float() if logits.dtype.itemsize < 4 else logits
-        nll = F.cross_entropy(
-            wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"
-        )
+        nll = cross_entropy(logits.flatten(0, 1), targets.flatten())
         count = (targets != IGNORE).sum()
         balance, z, tokens, per_label = _auxiliary(cfg, layers, count, comm)
         auxiliary = (cfg.balance * balance + cfg.z * z) * per_label.to(z.dtype)

@@ -118,7 +118,8 @@ functional_ep.swiglu        <- grouped sharding.closed sharding.node
 functional_ep.moe           <- grouped permute routing swiglu
                                sharding.closed sharding.collectives sharding.comm sharding.mesh
 functional_ep.attention     <-
-functional_ep.lm            <- attention differentiate labels moe routing
+functional_ep.cross_entropy <- sharding.closed sharding.node
+functional_ep.lm            <- attention cross_entropy differentiate labels moe routing
                                sharding sharding.mesh sharding.sharded
 functional_ep.huggingface.moves   <- box
 functional_ep.huggingface.lazy    <- box huggingface.moves
@@ -148,8 +149,8 @@ functional_ep.huggingface.idle    <-
 functional_ep.huggingface.shift   <-
 functional_ep.huggingface.replica <- huggingface.adapters huggingface.experts huggingface.parts
                                      huggingface.recording sharding sharding.mesh sharding.walk
-functional_ep.huggingface.objective <- differentiate routing huggingface.idle huggingface.replica
-                                     huggingface.shift sharding
+functional_ep.huggingface.objective <- cross_entropy differentiate routing huggingface.idle
+                                     huggingface.replica huggingface.shift sharding
 functional_ep.huggingface.model   <- huggingface.adapted huggingface.detect
                                      huggingface.experts huggingface.load
                                      huggingface.objective huggingface.replica

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from functional_ep.cross_entropy import cross_entropy
 from functional_ep.differentiate import sum_over_ranks
 from functional_ep.huggingface.idle import standing_in, without_zeros
 from functional_ep.huggingface.replica import Replica
@@ -116,10 +116,7 @@ class Objective:
                 "router losses of encoder and decoder are not added here: leave "
                 "output_router_logits out of the batch, or use model.apply and a loss of your own"
             )
-        wide = logits.float() if logits.dtype.itemsize < 4 else logits
-        nll = F.cross_entropy(
-            wide.flatten(0, -2), labels.flatten(), ignore_index=IGNORE, reduction="sum"
-        )
+        nll = cross_entropy(logits.flatten(0, -2), labels.flatten())
         count = (labels != IGNORE).sum()
         tokens = torch.tensor(labels.numel(), device=labels.device) if mask is None else mask.sum()
         aux = {"nll": nll.detach(), "tokens": tokens}
