@@ -7,17 +7,20 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help test train lint types check clean
+.PHONY: help test train bench lint types check clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
-	@echo "PYTHON=python3.12 chooses the interpreter, ARGS=... goes to pytest or to the training"
+	@echo "PYTHON=python3.12 chooses the interpreter, ARGS=... goes to pytest, training or benchmark"
 
 test: $(INSTALLED)  ## the laws, the examples and the code in the README
 	$(BIN)/python -m pytest --hypothesis-profile ci $(ARGS)
 
 train: $(INSTALLED)  ## train a small language model on two processes
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 examples/train.py $(ARGS)
+
+bench: $(INSTALLED)  ## the same training by functional-ep and by its peers, side by side
+	$(BIN)/python examples/benchmarks/side_by_side.py --results docs/benchmarks.jsonl --page docs/benchmarks.md $(ARGS)
 
 lint: $(INSTALLED)  ## formatting and style
 	$(BIN)/ruff format --check

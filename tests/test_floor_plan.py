@@ -199,6 +199,7 @@ READS_ENVIRONMENT = {
     "sharding.distributed",
     "functional_ep.commands",
     "examples.benchmarks.collectives",
+    "examples.benchmarks.peers.launch",
     "examples.benchmarks.train_step",
     "examples.benchmarks.vote",
 }

@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from peers.shapes import Job
 
-RATE, DECAY, BETAS, EPS, CLIP = 1e-3, 0.1, (0.9, 0.95), 1e-8, 1.0
+# At a higher rate Adam makes differences out of rounding, which then decide near ties of a router.
+RATE, DECAY, BETAS, EPS, CLIP = 3e-5, 0.1, (0.9, 0.95), 1e-8, 1.0
 
 
 def config_of(job: Job) -> Qwen3MoeConfig:
@@ -41,6 +43,7 @@ def config_of(job: Job) -> Qwen3MoeConfig:
 
 def write_weights(job: Job, directory: Path) -> None:
     """A checkpoint that all systems start from."""
+    disable_progress_bar()
     torch.manual_seed(0)
     Qwen3MoeForCausalLM(config_of(job)).save_pretrained(directory)
 

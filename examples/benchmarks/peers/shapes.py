@@ -54,4 +54,4 @@ class Job:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Job:
-        return cls(**values | {"shape": Shape(**values["shape"])})
+        return cls(Shape(**values["shape"]), **{k: v for k, v in values.items() if k != "shape"})

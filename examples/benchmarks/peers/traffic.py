@@ -62,7 +62,7 @@ def _sent(operation: str, args: dict[str, Any]) -> int:
 def _group(args: dict[str, Any]) -> Any:
     if "process_group" in args:
         return dist.ProcessGroup.unbox(args["process_group"])
-    named = args["group_name"]
+    named: Any = args["group_name"]
     return dist.distributed_c10d._resolve_process_group(named) if isinstance(named, str) else named
 
 

@@ -1,0 +1,93 @@
+"""Results as a page: one table for each group, and what was run where and with what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from peers.agreement import TOLERANCE, agreement
+from peers.results import WARM_UP, Group, Run, groups, summary
+from peers.systems import REFERENCE
+
+MIB = 2**20
+HEAD = (
+    "system",
+    "CPU s per step, all ranks (range)",
+    "of one process",
+    "tokens/s",
+    "peak MiB per rank",
+    "above imports",
+    "MiB sent per rank",
+    "largest difference of a loss",
+)
+
+INTRODUCTION = """\
+# Side by side
+
+The same Qwen3-MoE model, weights, batches, AdamW and clipping, trained by each system in processes
+of its own, in turn. CPU seconds are those of all processes together; other work on the machine
+disturbs them less than wall time. Memory is resident, of the largest rank. Bytes sent are those
+that every exchange of the pieces must carry, counted where torch, or a `Comm`, starts them. Losses
+are those of the first ten steps, and differ from those of one process by no more than a relative
+{float32:.0e} in float32 and {bfloat16:.0e} in bfloat16, unless it says so.
+
+The first {warm_up} steps of each run are not timed. Made by `make bench`
+(`python examples/benchmarks/side_by_side.py`).
+"""
+
+
+def page(runs: Sequence[Run]) -> str:
+    """The whole of it, in markdown."""
+    tables = [table(group, systems) for group, systems in groups(runs).items()]
+    return "\n".join([INTRODUCTION.format(**TOLERANCE, warm_up=WARM_UP), *tables, origin(runs)])
+
+
+def table(group: Group, systems: Mapping[str, Sequence[Run]]) -> str:
+    """A row for each system; below the table, the errors of those that failed."""
+    reference = systems.get(REFERENCE, ())
+    rows = [row(name, runs, reference) for name, runs in systems.items()]
+    failed = [run for runs in systems.values() for run in runs if run.error]
+    errors = [f"\n{run.system}, round {run.round}: `{run.error}`" for run in failed]
+    good = [run for runs in systems.values() for run in runs if not run.error]
+    size = f"{good[0].parameters / 1e6:.0f} M parameters, {good[0].tokens} tokens per step, "
+    allocator = "malloc keeps memory" if group.malloc == "kept" else "malloc as it is"
+    title = f"## {group.shape}, {group.dtype}, sequences of {group.length}"
+    lines = [HEAD, ("---", *["---:"] * (len(HEAD) - 1)), *rows]
+    body = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return "\n".join([title, "", (size if good else "") + allocator, "", body, *errors, ""])
+
+
+def row(name: str, runs: Sequence[Run], reference: Sequence[Run]) -> tuple[str, ...]:
+    """The cells of a system, ``failed`` in each if none of its runs ended well."""
+    found, single = summary(runs), summary(reference)
+    if found is None:
+        return name, "failed", *[""] * (len(HEAD) - 2)
+    low, high = found.cpu_range
+    return (
+        name,
+        f"{found.cpu:.3f} ({low:.3f} to {high:.3f})",
+        f"{found.cpu / single.cpu:.2f}" if single else "",
+        f"{found.tokens_per_second:.0f}",
+        f"{found.peak / MIB:.0f}",
+        f"{found.above_import / MIB:.0f}",
+        f"{found.sent / MIB:.1f}",
+        losses_of(runs, reference),
+    )
+
+
+def losses_of(runs: Sequence[Run], reference: Iterable[Run]) -> str:
+    """The worst of the rounds against the reference."""
+    expected = next((run.losses for run in reference if not run.error), None)
+    if expected is None:
+        return "no reference"
+    good = [run for run in runs if not run.error]
+    found = [agreement(run.losses, expected, run.group.dtype) for run in good]
+    return str(max(found, key=lambda each: each.largest))
+
+
+def origin(runs: Sequence[Run]) -> str:
+    """Dates, machine and versions."""
+    dates = sorted({run.date[:10] for run in runs})
+    machines = sorted({f"{run.cores} cores of {run.processor}" for run in runs})
+    versions = sorted({f"{k} {v}" for run in runs for k, v in run.versions.items()})
+    days = " to ".join(sorted({dates[0], dates[-1]}))
+    return f"{days}. {'; '.join(machines)}. {', '.join(versions)}.\n"
