@@ -1,7 +1,7 @@
 """The same training by functional-ep and by its peers, side by side; writes a page and a plot.
 
     python examples/benchmarks/side_by_side.py
-    python examples/benchmarks/side_by_side.py --shapes A,B --systems FSDP2,functional-ep --rounds 3
+    python examples/benchmarks/side_by_side.py --rounds 3 --systems 'FSDP2;functional-ep'
 
 Systems take turns, round by round, each in processes of its own. Results are appended to a file,
 and what is in it already is not run again: interrupt it and go on. Peers whose requirements
@@ -47,9 +47,9 @@ class Options(NamedTuple):
     limit: float
 
 
-def main() -> None:
-    args = parser().parse_args()
-    systems = [name for name in SYSTEMS if any(part in name for part in args.systems.split(","))]
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parser().parse_args(arguments)
+    systems = [name for name in SYSTEMS if any(part in name for part in args.systems.split(";"))]
     options = Options(
         *(args.results, args.environments, args.ranks),
         *(args.rounds, args.steps, args.budget, args.limit),
@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     add("--shapes", default="A,B,C,D", help=f"of {', '.join(SHAPES)}")
     add("--dtypes", default="float32", help="float32, bfloat16 or both")
     add("--lengths", default="256", help="of sequences, such as 256,1024")
-    add("--systems", default="", help="parts of names; by default all are run")
+    add("--systems", default="", help="parts of names, such as 'FSDP2;AutoEP'; by default all")
     add("--malloc", default="default", help=f"how glibc is told to behave: of {', '.join(MALLOC)}")
     add("--rounds", type=int, default=2, help="runs of each system, in turn")
     add("--ranks", type=int, default=2)

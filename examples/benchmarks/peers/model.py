@@ -20,25 +20,25 @@ RATE, DECAY, BETAS, EPS, CLIP = 3e-5, 0.1, (0.9, 0.95), 1e-8, 1.0
 
 def config_of(job: Job) -> Qwen3MoeConfig:
     shape = job.shape
-    return Qwen3MoeConfig(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.hidden,  # of layers without experts, of which there are none
-        moe_intermediate_size=shape.width,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        num_experts=shape.experts,
-        num_experts_per_tok=shape.top_k,
-        norm_topk_prob=True,
-        max_position_embeddings=max(job.length, 256),
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-        tie_word_embeddings=False,
-        use_cache=False,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
+    fields: dict[str, Any] = {
+        "vocab_size": shape.vocab,
+        "hidden_size": shape.hidden,
+        "moe_intermediate_size": shape.width,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "num_experts": shape.experts,
+        "num_experts_per_tok": shape.top_k,
+        "norm_topk_prob": True,
+        "max_position_embeddings": max(job.length, 256),
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+        "tie_word_embeddings": False,
+        "use_cache": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    return Qwen3MoeConfig(**fields)
 
 
 def write_weights(job: Job, directory: Path) -> None:
@@ -50,8 +50,12 @@ def write_weights(job: Job, directory: Path) -> None:
 
 def read_model(directory: Path, **options: Any) -> Any:
     """The transformers model, float32, as its users train it on CPU."""
-    chosen = {"attn_implementation": "sdpa", "experts_implementation": "grouped_mm"} | options
-    return Qwen3MoeForCausalLM.from_pretrained(directory, dtype=torch.float32, **chosen).train()
+    chosen: dict[str, Any] = {
+        "dtype": torch.float32,
+        "attn_implementation": "sdpa",
+        "experts_implementation": "grouped_mm",
+    }
+    return Qwen3MoeForCausalLM.from_pretrained(directory, **chosen | options).train()
 
 
 def batch_of(job: Job, step: int, rank: int) -> tuple[Tensor, Tensor]:

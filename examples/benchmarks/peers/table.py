@@ -47,20 +47,24 @@ def table(group: Group, systems: Mapping[str, Sequence[Run]]) -> str:
     rows = [row(name, runs, reference) for name, runs in systems.items()]
     failed = [run for runs in systems.values() for run in runs if run.error]
     errors = [f"\n{run.system}, round {run.round}: `{run.error}`" for run in failed]
-    good = [run for runs in systems.values() for run in runs if not run.error]
-    size = f"{good[0].parameters / 1e6:.0f} M parameters, {good[0].tokens} tokens per step, "
+    sizes = {
+        f"{run.parameters / 1e6:.0f} M parameters, {run.tokens} tokens per step, "
+        for runs in systems.values()
+        for run in runs
+        if not run.error
+    }
     allocator = "malloc keeps memory" if group.malloc == "kept" else "malloc as it is"
     title = f"## {group.shape}, {group.dtype}, sequences of {group.length}"
     lines = [HEAD, ("---", *["---:"] * (len(HEAD) - 1)), *rows]
     body = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-    return "\n".join([title, "", (size if good else "") + allocator, "", body, *errors, ""])
+    return "\n".join([title, "", "".join(sorted(sizes)) + allocator, "", body, *errors, ""])
 
 
 def row(name: str, runs: Sequence[Run], reference: Sequence[Run]) -> tuple[str, ...]:
     """The cells of a system, ``failed`` in each if none of its runs ended well."""
     found, single = summary(runs), summary(reference)
     if found is None:
-        return name, "failed", *[""] * (len(HEAD) - 2)
+        return name, "failed", *["-"] * (len(HEAD) - 2)
     low, high = found.cpu_range
     return (
         name,

@@ -63,7 +63,8 @@ def _group(args: dict[str, Any]) -> Any:
     if "process_group" in args:
         return dist.ProcessGroup.unbox(args["process_group"])
     named: Any = args["group_name"]
-    return dist.distributed_c10d._resolve_process_group(named) if isinstance(named, str) else named
+    resolve: Any = dist.distributed_c10d._resolve_process_group
+    return resolve(named) if isinstance(named, str) else named
 
 
 def _bytes(x: Any) -> int:
