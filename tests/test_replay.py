@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -221,6 +222,18 @@ def test_bisect_finds_where_two_runs_part(
     said = rf"step {step}, rank {rank}: {what}.* differs: \d+ of \d+ numbers, the first at"
     assert re.match(said, str(found)), str(found)
     assert bisect(runs[0], runs[0]) is None
+
+
+def test_a_recording_that_a_crash_cut_short_is_none(tmp_path: Path) -> None:
+    record_all(uneven(), str(tmp_path), steps=(0,))
+    whole = folder_of(tmp_path, 1, 0)
+    shutil.copytree(whole, whole.with_suffix(".part"))
+    assert bisect(tmp_path, tmp_path) is None
+    shutil.rmtree(whole)
+    with pytest.raises(ValueError, match="no recordings"):
+        for rank in (0, 2, 3):
+            shutil.rmtree(folder_of(tmp_path, rank, 0))
+        bisect(tmp_path, tmp_path)
 
 
 def test_bisect_refuses_what_cannot_be_compared(tmp_path: Path) -> None:

@@ -86,8 +86,9 @@ def bisect(run_a: str | Path, run_b: str | Path) -> Difference | None:
 def _recordings(run: Path) -> dict[tuple[int, int], Path]:
     found: dict[tuple[int, int], Path] = {}
     for path in run.glob(f"rank-*/step-*/{ABOUT}"):
-        rank, step = (int(part.partition("-")[2]) for part in path.parts[-3:-1])
-        found[step, rank] = path.parent
+        rank, step = (part.partition("-")[2] for part in path.parts[-3:-1])
+        if rank.isdecimal() and step.isdecimal():  # else it was never whole, or is not ours
+            found[int(step), int(rank)] = path.parent
     if not found:
         raise ValueError(f"{run} has no recordings: no rank-*/step-*/{ABOUT} is in it")
     return found
