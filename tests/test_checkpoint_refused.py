@@ -219,6 +219,13 @@ WRONG: dict[str, tuple[Callable[[Path, Comm], None], type[Exception], str]] = {
         TypeError,
         "metadata is written as JSON, which cannot say it",
     ),
+    "keys": (
+        lambda path, comm: save(
+            path, state_of(PLAN, comm.rank, 4), PLAN, comm, metadata={"x": {1: "a", "1": "b"}}
+        ),
+        TypeError,
+        "two keys of one dict that are the same in JSON",
+    ),
     "a file's name": (
         lambda path, comm: save(
             path, state_of(PLAN, comm.rank, 4), PLAN, comm, files={"../x": b""}

@@ -192,6 +192,8 @@ def _checked(state: State, plan: Plan, comm: Comm, extras: Extras) -> tuple[list
         metadata = json.dumps(extras.metadata, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise TypeError(f"metadata is written as JSON, which cannot say it: {error}") from None
+    if json.dumps(json.loads(metadata)) != metadata:  # keys 1 and "1", say: one of them would go
+        raise TypeError("metadata has two keys of one dict that are the same in JSON: rename one")
     for name in extras.files:
         if not name or name != Path(name).name or len(name.encode()) > NAME_BYTES:
             raise ValueError(f"files[{name!r}]: a plain file name is needed, without directories")
