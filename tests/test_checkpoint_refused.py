@@ -258,14 +258,24 @@ def test_what_is_there_is_not_written_over(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("mine")
-    for name, message in (("file", "is a file"), ("full", "is no checkpoint, it holds thesis.tex")):
+    for name, files in (("web", ["index.html"]), ("extension", [])):
+        (tmp_path / name).mkdir()
+        for file in ["manifest.json", *files]:
+            (tmp_path / name / file).write_text('{"name": "mine"}')
+    before = contents(tmp_path)
+    for name, message in (
+        ("file", "is a file"),
+        ("full", "is no checkpoint, it holds thesis.tex"),
+        ("web", "is no checkpoint, it holds index.html"),
+        ("extension", r"is no checkpoint, it holds manifest\.json"),
+    ):
         refuses(
             MESH,
             FileExistsError,
             message,
             lambda c, name=name: save(tmp_path / name, state_of(PLAN, c.rank, 4), PLAN, c),
         )
-    assert contents(tmp_path) == {"file": b"mine", "full/thesis.tex": b"mine"}
+    assert contents(tmp_path) == before
 
 
 def test_files_beside_a_checkpoint_stay(path: Path) -> None:
@@ -277,6 +287,7 @@ def test_files_beside_a_checkpoint_stay(path: Path) -> None:
 
 def test_a_damaged_checkpoint_can_be_saved_over(path: Path) -> None:
     (path / "manifest.json").write_text("{}")
+    (path / "notes.txt").write_text("mine")
     simulate(lambda comm: save(path, state_of(PLAN, comm.rank, 4), PLAN, comm), MESH)
     assert describe(path).step == 4 and not verify(path).problems
 

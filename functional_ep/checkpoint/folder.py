@@ -87,16 +87,19 @@ def refuse_foreign(path: Path, disk: Disk) -> None:
     if names is None and disk.size(path) is not None:
         raise FileExistsError(f"{path} is a file: a checkpoint is a directory, choose another path")
     foreign = [name for name in names or () if not OURS.fullmatch(name)]
-    if foreign and MANIFEST not in (names or ()):
-        raise FileExistsError(
-            f"{path} exists and is no checkpoint, it holds {foreign[0]}: choose another path"
-        )
     try:
         read_manifest(path, disk)
     except Newer:
         raise
     except (FileNotFoundError, ValueError):
-        return  # nothing, or nothing that could be restored
+        # Nothing, or what is left of a checkpoint: it has files of ours beside its manifest.
+        ours = [name for name in names or () if STORED.fullmatch(name)]
+        if MANIFEST in (names or ()):
+            foreign = [] if ours else [*foreign, MANIFEST]
+        if foreign:
+            raise FileExistsError(
+                f"{path} exists and is no checkpoint, it holds {foreign[0]}: choose another path"
+            ) from None
 
 
 def committed(directory: str | Path, disk: Disk = DISK) -> list[Path]:
