@@ -187,6 +187,20 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
         load(path, plan())
 
 
+def test_two_tensors_do_not_share_a_name(tmp_path: Path) -> None:
+    params = {"a": {"b": torch.ones(2)}, "a.b": torch.zeros(2)}
+    plan = make_plan(params, {"a": {"b": "x"}, "a.b": "x"}, {"x": zero3()}, Mesh(edp=2))
+
+    def program(comm: Comm) -> None:
+        state = State(torch.tensor(1), plan.shard(params, comm), {"x": {}})
+        with pytest.raises(ValueError, match=r"'a/b' and .* 'a\.b' would both be 'params\.a\.b'"):
+            to_dcp(tmp_path / "x", state, plan, comm)
+        to_dcp(tmp_path / "y", state, plan, comm, name_of=lambda role, path: f"{role}/{path}")
+
+    simulate(program, plan.mesh)
+    assert [path.name for path in tmp_path.iterdir()] == ["y"]
+
+
 def test_what_fails_leaves_nothing(tmp_path: Path) -> None:
     def program(comm: Comm) -> None:
         state = state_of(a_plan(), comm.rank, 5)

@@ -69,10 +69,10 @@ def to_dcp(
 
     Raises:
         FileExistsError: a path at which there is something.
-        ValueError: a state that is not of the plan.
+        ValueError: a state that is not of the plan; two tensors of one name.
     """
     path = Path(path)
-    parts = together(lambda: on_cpu(parts_of(state, plan, comm)), comm)
+    parts = together(lambda: _named(on_cpu(parts_of(state, plan, comm)), name_of), comm)
     growing = path.with_name(f".{path.name}.incomplete")
 
     def begin() -> None:
@@ -100,6 +100,19 @@ def to_dcp(
         if comm.rank == 0:
             shutil.rmtree(growing, ignore_errors=True)
         raise
+
+
+def _named(parts: list[Part], name_of: NameOf) -> list[Part]:
+    """The same parts, if no two tensors would have one name."""
+    owners = {STEP: STEP}
+    for part in parts:
+        name, owner = name_of(part.role, part.path), f"{part.role} of {part.path!r}"
+        if owners.setdefault(name, owner) != owner:
+            raise ValueError(
+                f"{owners[name]} and {owner} would both be {name!r}: give a name_of that tells "
+                "them apart"
+            )
+    return parts
 
 
 def _write(file: Path, parts: Sequence[Part], plan: Plan, name_of: NameOf) -> dict[str, Any]:
