@@ -15,6 +15,7 @@ from . import metrics
 from .checkpoint import Contents, attached, committed, describe, restore, save, verify
 from .job import prepare
 from .malloc import keep_freed_memory
+from .program import CannotStart
 from .report import run
 from .stopping import on_signals
 
@@ -42,12 +43,20 @@ def training(options: argparse.Namespace) -> Act:
 
 def checking(options: argparse.Namespace) -> Act:
     """``functional-ep check``: exit status 1 if a byte is not what was written."""
-    paths = committed(options.path) or [options.path]
+    paths = committed(options.path)
+    if not paths:
+        describe(options.path)
+        paths = [options.path]
 
     def act() -> None:
         problems = 0
         for path in paths:
-            contents = verify(path)
+            try:
+                contents = verify(path)
+            except (OSError, ValueError) as error:  # nothing of its manifest can be believed
+                problems += 1
+                print(f"PROBLEM: {error}")
+                continue
             problems += len(contents.problems)
             print(contents)
         if problems:
@@ -70,7 +79,10 @@ def resharding(options: argparse.Namespace) -> Act:
         save(options.to, state, plan, comm, metadata=contents.metadata, files=_files_of(contents))
 
     def act() -> None:
-        simulate(program, Mesh(edp=options.ranks))
+        try:
+            simulate(program, Mesh(edp=options.ranks))
+        except (OSError, ValueError) as error:  # a damaged byte, a full disk
+            raise CannotStart(error) from error
         print(describe(options.to))
 
     return act

@@ -161,6 +161,22 @@ def test_check_says_what_is_there_and_what_is_damaged(
     assert payload.name in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"functional-ep train: .*is damaged: .* is in order"):
         train(tmp_path, "--simulate", "2")
+    with pytest.raises(SystemExit, match=r"functional-ep reshard: .*is damaged: the digest"):
+        cli.main(["reshard", str(newest), str(tmp_path / "moved")])
+    assert not (tmp_path / "moved").exists()
+    (committed(tmp_path / CHECKPOINTS)[0] / "manifest.json").write_text("{}")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["check", str(tmp_path / CHECKPOINTS)])
+    said = capsys.readouterr().out
+    assert ended.value.code == 1
+    assert "PROBLEM: " in said and "manifest.json is damaged" in said and payload.name in said
+
+
+@pytest.mark.parametrize("name", ["nowhere", "file", "."])
+def test_check_says_in_one_line_what_is_no_checkpoint(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SystemExit, match=r"^functional-ep check: .* is no checkpoint: "):
+        cli.main(["check", str(tmp_path / name)])
 
 
 def test_reshard_writes_the_same_state_in_other_files(tmp_path: Path) -> None:
