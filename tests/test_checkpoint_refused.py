@@ -14,6 +14,7 @@ from states import LABELS, PARAMS, RULES, a_plan, same, state_of
 
 from functional_ep import State, adamw, init_state, restore, restore_params, save, sgd
 from functional_ep.checkpoint import attached, describe, verify
+from functional_ep.checkpoint.disk import Disk
 from functional_ep.checkpoint.manifest import _sealed
 from sharding import Comm, Mesh, Plan, make_plan, replicated, simulate, zero3
 
@@ -302,6 +303,19 @@ def test_a_directory_without_permission_is_an_error_on_all_ranks(path: Path) -> 
     finally:
         path.chmod(0o755)
     assert contents(path) == before
+
+
+def test_a_full_disk_is_said_with_the_file(tmp_path: Path) -> None:
+    class Full(Disk):
+        def write(self, file: int, memory: memoryview) -> None:
+            raise OSError(28, "No space left on device")
+
+    refuses(
+        MESH,
+        OSError,
+        r"No space left on device: '.*/\.frozen-00000\.incomplete'",
+        lambda c: save(tmp_path / "x", state_of(PLAN, c.rank, 4), PLAN, c, disk=Full()),
+    )
 
 
 def test_nothing_that_is_read_is_run(path: Path) -> None:

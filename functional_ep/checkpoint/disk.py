@@ -108,6 +108,9 @@ def write_all(path: Path, memories: list[memoryview], disk: Disk) -> None:
         for memory in memories:
             disk.write(file, memory)
         disk.sync(file)
+    except OSError as error:  # that of an open file does not say of which
+        error.filename = error.filename or str(path)
+        raise
     finally:
         disk.close(file)
 
