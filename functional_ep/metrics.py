@@ -97,7 +97,8 @@ def journal(path: Path, steps: int, done: int = 0) -> Iterator[Callable[[Record]
 
 def _cut(path: Path, done: int) -> None:
     """Leave the records of the first steps, at every moment in one piece."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if done else []
+    kept = done and path.exists()  # a journal may be gone; the states are what a run goes on with
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if kept else []
     shorter = path.with_name(f".{path.name}.incomplete")
     shorter.write_text("".join(lines[:done]), encoding="utf-8")
     shorter.replace(path)

@@ -105,6 +105,14 @@ def test_a_run_that_is_done_says_so_again_and_makes_no_step(
     assert (tmp_path / JOURNAL).read_bytes() == before
 
 
+def test_a_run_goes_on_without_its_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_after(3, monkeypatch)
+    stopped(tmp_path)
+    (tmp_path / JOURNAL).unlink()
+    train(tmp_path)
+    assert [record["step"] for record in metrics.read(tmp_path / JOURNAL)] == [4, 5, 6]
+
+
 def test_restart_begins_anew(tmp_path: Path) -> None:
     train(tmp_path)
     train(tmp_path, "--restart", "--set", "seed=5")
