@@ -11,6 +11,8 @@ from sharding import Comm
 
 from .differentiate import sum_over_ranks
 
+PIECE = 1 << 18  # entries whose squares are summed in the gradient's own dtype
+
 
 def global_norm(grads: Sequence[Tensor], counts_once: Sequence[bool], comm: Comm) -> Tensor:
     """``sqrt(sum of the squares of the whole gradient)``, each entry once; equal on every rank.
@@ -27,7 +29,15 @@ def global_norm(grads: Sequence[Tensor], counts_once: Sequence[bool], comm: Comm
 def local_squares(grads: Sequence[Tensor], counts_once: Sequence[bool]) -> Tensor:
     """This rank's summand of the square of the norm."""
     squares = [
-        torch.dot(g, g).double() for g, counts in zip(grads, counts_once, strict=True) if counts
+        torch.dot(piece, piece).double()
+        for g, counts in zip(grads, counts_once, strict=True)
+        if counts
+        for piece in _pieces(g)
     ]
     device = grads[0].device if grads else None
     return torch.stack(squares).sum() if squares else torch.zeros((), device=device).double()
+
+
+def _pieces(g: Tensor) -> Sequence[Tensor]:
+    """A CPU sums one addend after another: in float32, of 10^7 at once, half of the digits go."""
+    return (g,) if g.is_cuda else g.split(PIECE)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from functional_ep.train_step import EPS, global_norm
-from sharding import Comm, Plan, simulate
+from sharding import Comm, Mesh, Plan, simulate
 from sharding.testing import exact_params, meshes, plans, seeds
 
 
@@ -60,3 +60,13 @@ def test_clipping_commutes_with_partition(drawn: tuple[Plan, int], clip: float) 
 def test_tolerance_rejects_a_norm_that_counts_copies_twice() -> None:
     x = torch.ones(4, dtype=torch.float64)
     assert_rejects(torch.cat([x, x]).norm(), x.norm(), "norm", rtol=1e-12)
+
+
+def test_norm_of_many_entries_keeps_its_digits() -> None:
+    """Sixteen running sums of float32 would be wrong by more than 1e-5 after so many addends."""
+    g = torch.randn(1 << 23, generator=torch.Generator().manual_seed(0))
+    mesh = Mesh(edp=1)
+    found = simulate(lambda comm: global_norm([g], [True], comm), mesh)[0]
+    expected = g.double().norm()
+    assert_close(found, expected, "norm", rtol=2e-7)
+    assert_rejects(expected * (1 + 1e-6), expected, "norm", rtol=2e-7)
