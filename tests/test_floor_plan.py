@@ -187,7 +187,7 @@ functional_ep.train         <- agreement config corpus data metrics program prog
                                vocabulary sharding sharding.collectives
 functional_ep.job           <- config corpus data huggingface progress vocabulary sharding
 functional_ep.report        <- config job metrics plot stopping train sharding
-functional_ep.commands      <- checkpoint job malloc metrics report stopping
+functional_ep.commands      <- checkpoint job malloc metrics program report stopping
                                sharding sharding.distributed
 functional_ep.cli           <- commands config program stopping
 functional_ep.__main__      <- cli
