@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(f"functional-ep {options.command}: {error}") from error
     try:
         act()
-    except (FloatingPointError, CannotStart) as error:
+    except (OSError, FloatingPointError, CannotStart) as error:  # a full disk, say
         raise SystemExit(f"functional-ep {options.command}: {error}") from error
     except Stopped as stopped:
         print(f"functional-ep {options.command}: {stopped}", flush=True)

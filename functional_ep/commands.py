@@ -30,7 +30,7 @@ def training(options: argparse.Namespace) -> Act:
 
     def act() -> None:
         keep_freed_memory()
-        # A signal that comes before the first step ends the process as ever.
+        # A signal that comes before the ranks have met ends the process as ever.
         if launched:
             with distributed(job.mesh, device=job.device.type) as comm, on_signals() as wish:
                 run(comm, job, wish)

@@ -20,6 +20,8 @@ from .corpus import Corpus, fingerprint
 from .program import CannotStart
 from .state import State
 
+ONLY_SEEN = {"eval_every", "eval_bytes", "sample"}  # of a recipe: they change no number of a step
+
 
 class Progress(NamedTuple):
     """Where a run keeps its states, how often it saves them, and the one that it goes on with."""
@@ -115,9 +117,11 @@ def _refuse_another(found: Any, recipe: Recipe, corpus: Corpus, directory: Path)
     was, now = (_flat(tomllib.loads(text["recipe"])) for text in (found, mine))
     changed = [
         f"{key} = {was.get(key)} then, {now.get(key)} now"
-        for key in sorted({*was, *now})
+        for key in sorted({*was, *now} - ONLY_SEEN)
         if was.get(key) != now.get(key)
     ]
+    if not changed:
+        return
     raise ValueError(f"{directory} has states of another recipe ({'; '.join(changed)}): {cure}")
 
 

@@ -62,7 +62,8 @@ def train(
     Raises:
         ValueError: on every rank, when they have not read the same corpus, or cannot start with it.
         FloatingPointError: on every rank, when the loss is no longer finite.
-        Stopped: on every rank, after the step in which one of them was asked to stop.
+        Stopped: on every rank, after the step in which one of them was asked to stop, and its
+            evaluation; after the last step the run is brought to its end instead.
     """
     check_agreement(fingerprint(corpus), "corpus", comm)
     program, wish = build(comm, recipe, device), Wish() if wish is None else wish

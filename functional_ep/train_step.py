@@ -67,8 +67,8 @@ def make_train_step(
         with a vote ``committed`` and ``veto``, which :func:`why` reads.
 
     Raises:
-        ValueError: from the step, for a state that was donated, a loss that returns no sum and
-            count, or batches whose structure differs between ranks.
+        ValueError: from the step, for a state that was donated or that other optimizers have begun,
+            a loss that returns no sum and count, or batches whose structure differs between ranks.
         Vetoed: from the step of a vote that raises, on every rank.
 
     >>> from sharding import Mesh, make_plan, simulate, zero3, sharded
@@ -95,6 +95,7 @@ def make_train_step(
 
     def step(state: State, *batches: Any) -> tuple[State, Metrics]:
         _check(state, batches, donate, poll is not None)
+        update.check(state)
         comm.at(state.step)
         order = Order(comm.mesh) if poll else None
         with comm.heard_by(order) if order else nullcontext():
@@ -141,6 +142,16 @@ class _Update:
         self.positions = {
             label: [i for i in self.trained if labels[i] == label] for label in plan.trained
         }
+        self.moments = {label: sorted(tx.init({})) for label, tx in self.optimizers.items()}
+
+    def check(self, state: State) -> None:
+        """Refuse a state that other optimizers have begun."""
+        found = {label: sorted(moments) for label, moments in state.opt.items()}
+        if found != self.moments:
+            raise ValueError(
+                f"the state has the moments {found}, and these optimizers have {self.moments}: "
+                "give those that it was begun with, or start with init_state(state.params, ...)"
+            )
 
     def __call__(
         self, state: State, shards: Leaves, grads: Leaves, per_token: Tensor, norm: Tensor

@@ -113,7 +113,7 @@ def why(metrics: Mapping[str, Tensor]) -> str:
     """
     return "\n".join(
         f"rank {rank}: " + "; ".join(WHY[reason] for reason in Reason if bits & reason)
-        for rank, bits in enumerate(metrics["veto"].tolist())
+        for rank, bits in enumerate(_voted(metrics)["veto"].tolist())
         if bits
     )
 
@@ -131,9 +131,18 @@ def vetoes_in_a_row(metrics: Mapping[str, Tensor], before: int = 0, most: int = 
     >>> vetoes_in_a_row(vetoed, 2, most=3)
     3
     """
-    vetoes = 0 if bool(metrics["committed"]) else before + 1
+    vetoes = 0 if bool(_voted(metrics)["committed"]) else before + 1
     if vetoes > most:
         error = Vetoed(metrics)
         error.add_note(f"{vetoes} steps in a row were not taken, more than most={most}")
         raise error
     return vetoes
+
+
+def _voted(metrics: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    if "veto" not in metrics:
+        raise ValueError(
+            f"these metrics are of a step without a vote, they have {sorted(metrics)}: "
+            "make_train_step(..., commit='vote')"
+        )
+    return metrics

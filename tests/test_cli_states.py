@@ -113,6 +113,13 @@ def test_a_run_goes_on_without_its_journal(tmp_path: Path, monkeypatch: pytest.M
     assert [record["step"] for record in metrics.read(tmp_path / JOURNAL)] == [4, 5, 6]
 
 
+def test_what_changes_no_number_of_a_step_may_change(tmp_path: Path) -> None:
+    train(tmp_path)
+    before = losses(tmp_path)
+    train(tmp_path, "--set", "eval_bytes=50", "--set", "sample=2", "--set", "eval_every=3")
+    assert losses(tmp_path) == before
+
+
 def test_restart_begins_anew(tmp_path: Path) -> None:
     train(tmp_path)
     train(tmp_path, "--restart", "--set", "seed=5")

@@ -272,3 +272,19 @@ def test_donation_is_refused_under_a_transform() -> None:
             torch.func.grad(lambda x: step(state, x)[1]["loss"])(torch.ones(3))
 
     simulate(program, MESH)
+
+
+def test_a_state_of_other_optimizers_is_refused() -> None:
+    params = {"w": torch.ones(2)}
+    plan = make_plan(params, {"w": "dense"}, {"dense": zero3("edp")}, Mesh(edp=1))
+
+    def program(comm: Comm) -> None:
+        loss = sharded(lambda view, x: ((view["w"] * x).sum(), 1), plan, comm)
+        step = make_train_step(loss, plan, adamw(0.1), comm)
+        step(init_state(plan.shard(params, comm), plan, sgd(0.1)), torch.ones(2))
+
+    found = (
+        r"has the moments \{'dense': \[\]\}, and these optimizers have \{'dense': \['m', 'v'\]\}"
+    )
+    with pytest.raises(ValueError, match=found):
+        simulate(program, plan.mesh)

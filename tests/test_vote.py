@@ -301,3 +301,9 @@ def test_rounding_that_cancels_changes_the_digest() -> None:
     x = torch.ones(8, dtype=torch.float64)
     up, down = flip(x, 0)[:1], (x[:1].view(torch.int64) - 1).view(torch.float64)
     assert bool(bits.digest([torch.cat([up, down, x[2:]])]) != bits.digest([x]))
+
+
+@pytest.mark.parametrize("read", [why_vetoed, vetoes_in_a_row])
+def test_metrics_without_a_vote_say_nothing_of_one(read: Callable[..., object]) -> None:
+    with pytest.raises(ValueError, match=r"of a step without a vote, they have \['loss'\]"):
+        read({"loss": torch.zeros(())})
