@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,56 @@ def test_we_read_chunks_of_many_ranks(ranks2: Farm, tmp_path: Path) -> None:
 
     for found in simulate(program, plan.mesh):
         assert torch.equal(found["w"], W) and torch.equal(found["v"], W)
+
+
+def half(moments: torch.dtype, mesh: Mesh) -> tuple[Plan, Callable[[Comm], State]]:
+    """Parameters in bfloat16 whose moments are of another dtype, or of the same."""
+    params = {"w": (W / 7).bfloat16(), "b": torch.tensor([1 / 3]).bfloat16()}
+    plan = make_plan(params, dict.fromkeys(params, "x"), {"x": zero3("edp")}, mesh)
+
+    def state(comm: Comm) -> State:
+        params_ = plan.shard(params, comm)
+        opt = {
+            name: {path: x.to(moments) / part for path, x in params_.items()}
+            for name, part in (("m", 3), ("v", 11))
+        }
+        return State(torch.tensor(3), params_, {"x": opt})
+
+    return plan, state
+
+
+@pytest.mark.parametrize("moments", [torch.float32, torch.float64, torch.bfloat16])
+def test_moments_keep_their_dtype_and_their_bits(tmp_path: Path, moments: torch.dtype) -> None:
+    (old, made), (new, expected) = (half(moments, mesh) for mesh in (Mesh(edp=2), Mesh(edp=3)))
+    simulate(lambda comm: to_dcp(tmp_path / "x", made(comm), old, comm), old.mesh)
+
+    def program(comm: Comm) -> None:
+        found = from_dcp(tmp_path / "x", new, comm)
+        assert same(found, expected(comm))
+        assert found.opt["x"]["m"]["w"].dtype == moments
+        planted = {name: x.bfloat16().to(moments) for name, x in found.opt["x"]["m"].items()}
+        same_bits = same(planted, expected(comm).opt["x"]["m"])
+        assert same_bits == (moments == torch.bfloat16), "rounded moments are others"
+
+    simulate(program, new.mesh)
+
+
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
+def test_cast_converts_moments_that_are_like_their_parameter(
+    tmp_path: Path, moments: torch.dtype
+) -> None:
+    old, made = half(moments, Mesh(edp=1))
+    simulate(lambda comm: to_dcp(tmp_path / "x", made(comm), old, comm), old.mesh)
+    params = {"w": W.double(), "b": torch.ones(1).double()}
+    plan = make_plan(params, dict.fromkeys(params, "x"), {"x": zero3("edp")}, Mesh(edp=1))
+    with pytest.raises(ValueError, match=r"params of params\['w'\] .*float64 expected.*bfloat16"):
+        load(tmp_path / "x", plan)
+    (found,) = load(tmp_path / "x", plan, cast=True)
+    like = torch.float64 if moments == torch.bfloat16 else moments
+    assert found.params["w"].dtype == torch.float64
+    assert {x.dtype for by_path in found.opt["x"].values() for x in by_path.values()} == {like}
+    with pytest.raises(ValueError, match=r"z of params\['w'\] \(7, 5\): .* no tensor 'opt.z.w'"):
+        load(tmp_path / "x", plan, cast=True, moments=("z",))
 
 
 # -- what is refused -------------------------------------------------------------------------------

@@ -108,7 +108,7 @@ functional_ep.checkpoint.checkpoints <- agreement checkpoint.check checkpoint.di
 functional_ep.checkpoint.boxed    <- box checkpoint.disk sharding.leaf
 functional_ep.checkpoint.dcp      <- agreement box checkpoint.boxed checkpoint.disk
                                      checkpoint.manifest checkpoint.parts optim safetensors_file
-                                     state sharding
+                                     state sharding sharding.gather sharding.leaf
 functional_ep.checkpoint          <- checkpoint.check checkpoint.checkpoints checkpoint.folder
                                      checkpoint.restoring checkpoint.saving
 functional_ep.routing       <- sharding.closed

@@ -6,7 +6,7 @@ import io
 import math
 import pickle
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,22 +75,33 @@ def save_box(stream: IO[bytes], x: Tensor) -> tuple[int, int]:
     return start, stream.tell() - start
 
 
+class Wanted(NamedTuple):
+    """A tensor that is looked for: of which role and leaf, and under which name."""
+
+    role: str
+    leaf: Leaf
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.role} of {self.leaf}"
+
+
 class Boxed:
     """The tensors of a directory, of which intervals can be read."""
 
     def __init__(self, path: Path, metadata: Metadata) -> None:
         self.path, self.metadata = path, metadata
 
-    def fill(self, name: str, leaf: Leaf, lo: int, out: Tensor, cast: bool) -> None:
+    def fill(self, wanted: Wanted, lo: int, out: Tensor) -> None:
         """``out = ravel(x)[lo : lo + len(out)]``, chunk by chunk."""
-        wanted = self._described(name, leaf, cast)
+        name, found = wanted.name, self._found(wanted)
         targets, start = list[tuple[Any, Tensor]](), 0
-        for box in boxes(lo, lo + out.numel(), leaf.shape):
+        for box in boxes(lo, lo + out.numel(), wanted.leaf.shape):
             size = math.prod(sizes_of(box))
             targets.append((box, out[start : start + size].view(sizes_of(box))))
             start += size
         filled = 0
-        for i, chunk in enumerate(wanted.chunks):
+        for i, chunk in enumerate(found.chunks):
             ends = zip(chunk.offsets, chunk.sizes, strict=True)
             held, x = tuple((at, at + size) for at, size in ends), None
             for box, target in targets:
@@ -107,21 +118,23 @@ class Boxed:
                 filled += math.prod(sizes_of(common))
         if filled != out.numel():
             raise ValueError(
-                f"{leaf}: the chunks of {name!r} in {self.path} hold {filled} of the "
+                f"{wanted}: the chunks of {name!r} in {self.path} hold {filled} of the "
                 f"{out.numel()} entries from {lo} on"
             )
 
-    def _described(self, name: str, leaf: Leaf, cast: bool) -> TensorStorageMetadata:
+    def dtype(self, wanted: Wanted) -> torch.dtype:
+        """What it was saved as."""
+        return self._found(wanted).properties.dtype
+
+    def _found(self, wanted: Wanted) -> TensorStorageMetadata:
+        name, shape = wanted.name, wanted.leaf.shape
         found = self.metadata.state_dict_metadata.get(name)
         if not isinstance(found, TensorStorageMetadata):
             near = list(self.metadata.state_dict_metadata)[:5]
-            raise ValueError(f"{leaf}: {self.path} has no tensor {name!r}; it has {near} ...")
-        if tuple(found.size) != leaf.shape:
-            raise ValueError(f"{leaf} expected, but {name!r} in {self.path} is {tuple(found.size)}")
-        if found.properties.dtype != leaf.dtype and not cast:
+            raise ValueError(f"{wanted}: {self.path} has no tensor {name!r}; it has {near} ...")
+        if tuple(found.size) != shape:
             raise ValueError(
-                f"{leaf} {leaf.dtype} expected, but {name!r} in {self.path} is "
-                f"{found.properties.dtype}: convert it with cast=True"
+                f"{wanted} expected, but {name!r} in {self.path} is {tuple(found.size)}"
             )
         return found
 

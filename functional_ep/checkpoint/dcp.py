@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from functional_ep.agreement import gather_bytes, together
 from functional_ep.box import boxes, sizes_of
-from functional_ep.checkpoint.boxed import Boxed, read_metadata, save_box
+from functional_ep.checkpoint.boxed import Boxed, Wanted, read_metadata, save_box
 from functional_ep.checkpoint.disk import DISK, make_directories, write_all
 from functional_ep.checkpoint.manifest import PARAMS
 from functional_ep.checkpoint.parts import Part, on_cpu, parts_of
@@ -39,6 +39,8 @@ from functional_ep.optim import Moments
 from functional_ep.safetensors_file import DTYPES, NAMES
 from functional_ep.state import State
 from sharding import Comm, Plan, interval
+from sharding.gather import Layout
+from sharding.leaf import Leaf
 
 METADATA = ".metadata"
 STEP = "step"
@@ -180,7 +182,7 @@ def from_dcp(
         comm: the ranks; all must call.
         moments: those that leaves which are trained have; none, if only parameters are there.
         name_of: see :func:`to_dcp`.
-        cast: convert to the dtypes of the plan.
+        cast: convert parameters, and moments that had the parameter's dtype, to the plan's dtypes.
 
     Returns:
         The state; its step is 0 where none was saved under the name ``step``.
@@ -188,7 +190,7 @@ def from_dcp(
     Raises:
         FileNotFoundError: no such directory.
         ValueError: a table of contents with anything in it that is no part of one; a tensor that is
-            missing, or has another shape or dtype; chunks that leave a gap.
+            missing, or has another shape, or dtype without ``cast``; chunks that leave a gap.
 
     >>> from tempfile import TemporaryDirectory
     >>> from sharding import Mesh, make_plan, replicated, simulate
@@ -206,27 +208,39 @@ def from_dcp(
 
     def read() -> State:
         boxed = Boxed(Path(path), read_metadata(Path(path) / METADATA))
-        places = list(zip(plan.leaves, plan.layouts, strict=True))
 
-        def shard(role: str, i: int) -> Tensor:
-            leaf, layout = places[i]
+        def shard(role: str, leaf: Leaf, layout: Layout) -> Tensor:
             lo, hi = interval(layout.rule, layout.mesh, comm.rank, layout.shape)
-            x = torch.zeros(layout.shard_size, dtype=leaf.dtype)
-            boxed.fill(name_of(role, leaf.path), leaf, lo, x[: hi - lo], cast)
+            dtype = _dtype(boxed, role, leaf, name_of, cast)
+            x = torch.zeros(layout.shard_size, dtype=dtype)
+            boxed.fill(Wanted(role, leaf, name_of(role, leaf.path)), lo, x[: hi - lo])
             return x.to(comm.device)
 
+        places = list(zip(plan.leaves, plan.layouts, strict=True))
+        params = plan.unflatten([shard(PARAMS, *place) for place in places])
         opt: dict[str, Moments] = {
             label: {
                 name: {
-                    leaf.path: shard(name, i)
-                    for i, leaf in enumerate(plan.leaves)
+                    leaf.path: shard(name, leaf, layout)
+                    for leaf, layout in places
                     if leaf.label == label
                 }
                 for name in moments
             }
             for label in plan.trained
         }
-        params = plan.unflatten([shard(PARAMS, i) for i in range(len(places))])
         return State(torch.tensor(boxed.step(STEP)), params, opt)
 
     return together(read, comm)
+
+
+def _dtype(boxed: Boxed, role: str, leaf: Leaf, name_of: NameOf, cast: bool) -> torch.dtype:
+    """A parameter is of the plan's dtype, and so is a moment that was saved in the parameter's."""
+    parameter, wanted = (Wanted(r, leaf, name_of(r, leaf.path)) for r in (PARAMS, role))
+    saved, found = boxed.dtype(parameter), boxed.dtype(wanted)
+    if saved != leaf.dtype and not cast:
+        raise ValueError(
+            f"{parameter} {leaf.dtype} expected, but {parameter.name!r} in {boxed.path} is "
+            f"{saved}: convert it with cast=True"
+        )
+    return leaf.dtype if found == saved else found
