@@ -65,6 +65,7 @@ sharding.distributed        <- distributed.nccl distributed.pairwise distributed
 sharding.__init__           <- comm distributed gather leaf mesh plan reshard rule sharded
                                simulate
 sharding.recording          <- comm mesh simulate
+sharding.rehearsal          <- buffers comm mesh specification
 sharding.strategies         <- mesh plan rule
 sharding.laws               <- comm gather rule simulate strategies
 sharding.testing            <- laws recording rule strategies
@@ -82,6 +83,7 @@ functional_ep.poll          <- bits differentiate norm state vote
                                sharding sharding.mesh sharding.order sharding.tree
 functional_ep.train_step    <- agreement differentiate norm optim poll state vote
                                sharding sharding.order sharding.tree
+functional_ep.memory        <- differentiate optim state train_step sharding sharding.rehearsal
 functional_ep.box           <-
 functional_ep.safetensors_file <- box
 functional_ep.checkpoint.disk     <-
