@@ -1,0 +1,78 @@
+"""A step's memory, foreseen by rehearsing it, beside what runs of ``side_by_side.py`` took.
+
+    python examples/benchmarks/plan_memory.py --shapes A,B --results docs/benchmarks.jsonl
+
+Measured is the largest rank's resident memory above that after imports. More than the tensors that
+are foreseen it holds what torch and the transport set up, what kernels use inside, and what malloc
+wastes; how much, the last column says.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from peers.model import BETAS, CLIP, DECAY, EPS, RATE, batch_of, config_of
+from peers.results import Run, groups, read, summary
+from peers.shapes import SHAPES, Job
+from peers.systems.ours import RULES
+from peers.trainer import dtype_of
+
+from functional_ep import Precision, adamw, from_huggingface
+from functional_ep.memory import StepMemory, step_memory
+from sharding import Comm, Mesh, Plan, make_plan
+from sharding.sharded import Backward
+
+MODES: tuple[Backward, ...] = ("keep", "regather", "recompute")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shapes", default="A,B,C,D")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--results", type=Path, default=Path("runs/side_by_side.jsonl"))
+    args = parser.parse_args()
+    runs = read(args.results)
+    for name in args.shapes.split(","):
+        sequences = 2 if args.length <= 256 else 1
+        job = Job(SHAPES[name], args.dtype, args.length, sequences, args.ranks)
+        for backward in MODES:
+            found = foreseen(job, backward)
+            print(f"{name} {args.dtype} {args.length} {backward:9} {found}", end="")
+            took = measured(runs, name, job, f"functional-ep, {backward}")
+            if took is not None:
+                print(f"; measured {took / 2**20:.1f} MiB: {found.peak / took:.2f}", end="")
+            print(flush=True)
+
+
+def foreseen(job: Job, backward: Backward) -> StepMemory:
+    model = from_huggingface(config_of(job))
+    precision = None
+    if job.dtype != "float32":
+        precision = Precision(compute=dtype_of(job), reduce=torch.float32)
+    plan = make_plan(model.shapes, model.labels, RULES, Mesh(edp=1, ep=job.ranks), precision)
+
+    def loss(plan: Plan, comm: Comm) -> Any:
+        return model.loss(plan, comm, backward)
+
+    ids, targets = batch_of(job, 0, 0)
+    batch = {"input_ids": ids, "labels": targets}
+    return step_memory(loss, plan, adamw(RATE, *BETAS, EPS, DECAY), batch, clip=CLIP)
+
+
+def measured(runs: list[Run], shape: str, job: Job, system: str) -> int | None:
+    """The largest rank's peak above its imports, of all rounds; none, if it was not run."""
+    for group, systems in groups(runs).items():
+        if (group.shape, group.dtype, group.length) == (shape, job.dtype, job.length):
+            found = summary(systems.get(system, []))
+            if found is not None:
+                return found.above_import
+    return None
+
+
+if __name__ == "__main__":
+    main()
