@@ -100,7 +100,7 @@ def test_an_undonated_step_holds_two_states() -> None:
     loss = lambda plan, comm: lm.loss(CFG, plan, comm)  # noqa: E731
     twice = step_memory(loss, plan, adamw(1e-3), BATCH, donate=False)
     once = step_memory(loss, plan, adamw(1e-3), BATCH)
-    assert twice.step - once.step >= 0.9 * once.params
+    assert twice.step - once.step >= 0.8 * once.params
 
 
 # -- rehearsal -----------------------------------------------------------------------------------
