@@ -85,7 +85,14 @@ def gather_bytes(mine: bytes, comm: Comm) -> list[bytes]:
 
 ERRORS = {
     kind.__name__: kind
-    for kind in (ValueError, TypeError, OSError, FileNotFoundError, FileExistsError)
+    for kind in (
+        ValueError,
+        TypeError,
+        OSError,
+        FileNotFoundError,
+        FileExistsError,
+        BlockingIOError,
+    )
 }
 
 

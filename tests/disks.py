@@ -26,7 +26,7 @@ class Inode:
         self.data, self.synced = bytearray(data), bytes(data)
 
 
-DIRECTORY = Inode()
+DIRECTORY, NOWHERE = Inode(), Path()
 Node = Inode | None  # None: no such entry
 
 
@@ -38,6 +38,7 @@ class MemoryDisk(Disk):
         self.safe = dict(self.nodes)
         self.journal: dict[Path, list[dict[Path, Node]]] = {}
         self.open: list[Inode] = []
+        self.locks: list[Path] = []
 
     def _change(self, path: Path, changes: dict[Path, Node]) -> None:
         self._directory(path.parent)
@@ -113,6 +114,15 @@ class MemoryDisk(Disk):
         assert self.names(path) == []
         self._change(path, {path: None})
 
+    def lock(self, path: Path) -> int:
+        if path in self.locks or self.nodes.get(path) is not DIRECTORY:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), str(path))
+        self.locks.append(path)
+        return len(self.locks) - 1
+
+    def unlock(self, lock: int) -> None:
+        self.locks[lock] = NOWHERE
+
     def after_crash(self, chance: random.Random | None) -> MemoryDisk:
         """A disk that may be found after a crash; without chance all is lost that may be."""
         nodes = dict(self.safe)
@@ -161,6 +171,7 @@ class Faulty(Disk):
     ) -> None:
         self.inner, self.at, self.error, self.after = inner, at, error, after
         self.done: list[str] = []
+        self.locks: set[int] = set()
         self.crashed = False
 
     def _act(self, what: str, action: Callable[[], R]) -> R:
@@ -175,6 +186,8 @@ class Faulty(Disk):
         if self.after:
             action()
         self.crashed = True
+        for lock in self.locks:  # the kernel does it
+            self.inner.unlock(lock)
         raise Crash
 
     def names(self, path: Path) -> list[str] | None:
@@ -219,3 +232,23 @@ class Faulty(Disk):
 
     def remove_directory(self, path: Path) -> None:
         self._act(f"remove_directory {path}", lambda: self.inner.remove_directory(path))
+
+    def lock(self, path: Path) -> int:
+        return self._act(f"lock {path}", lambda: self._locked(path))
+
+    def _locked(self, path: Path) -> int:
+        lock = self.inner.lock(path)
+        self.locks.add(lock)
+        return lock
+
+    def unlock(self, lock: int) -> None:
+        """The machine may stop at it, but it never fails."""
+        if self.crashed:
+            return
+        if self.error is not None and len(self.done) == self.at:
+            self.at = None
+        self._act(f"unlock {lock}", lambda: self._unlocked(lock))
+
+    def _unlocked(self, lock: int) -> None:
+        self.locks.remove(lock)
+        self.inner.unlock(lock)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple, Self
@@ -12,8 +13,8 @@ import torch
 
 from functional_ep.agreement import gather_bytes, together
 from functional_ep.checkpoint.check import verify as check
-from functional_ep.checkpoint.disk import DISK, Disk
-from functional_ep.checkpoint.folder import committed, discard, step_of, tidy
+from functional_ep.checkpoint.disk import DISK, Disk, make_directories
+from functional_ep.checkpoint.folder import claimed, committed, discard, step_of, tidy
 from functional_ep.checkpoint.parts import Buffers, on_cpu
 from functional_ep.checkpoint.restoring import restore
 from functional_ep.checkpoint.saving import Content, Extras, Saving
@@ -53,6 +54,7 @@ class Checkpoints:
     Raises:
         ValueError: ``keep`` or ``every`` less than one; from a call, a directory that has
             checkpoints of later steps, from a training that went another way.
+        BlockingIOError: from a call, another process is saving to the directory.
 
     >>> from tempfile import TemporaryDirectory
     >>> from sharding import Mesh, make_plan, simulate, zero3
@@ -92,6 +94,7 @@ class Checkpoints:
         self.last: Cost | None = None
         self._buffers = Buffers()
         self._pending: _Pending | None = None
+        self._held = ExitStack()  # while a save is under way, rank 0 holds the directory
         self._called = False
 
     def __call__(self, state: State) -> None:
@@ -108,17 +111,25 @@ class Checkpoints:
     def save(self, state: State) -> None:
         """Save now, whatever the step; with ``background``, return when the state is copied."""
         self.wait()
+        try:
+            self._pending = self._begun(state)
+        except BaseException:
+            self._held.close()
+            raise
+        if not self.background:
+            self.wait()
+
+    def _begun(self, state: State) -> _Pending:
         started = perf_counter()
         step = int(state.step)
         path = self.directory / f"step-{step:08}"
         self._lead(lambda: self._refuse_later(step))
+        self._lead(self._hold)
         self._lead(lambda: tidy(self.directory, self.disk))
         earlier = [other for other in committed(self.directory, self.disk) if other != path]
         copies = self._buffers.copies if self.background else on_cpu
         saving = Saving(path, state, self.plan, self.comm, self.extras, copies, self.disk)
-        self._pending = _Pending(saving, earlier[-1] if earlier else None, self.background, started)
-        if not self.background:
-            self.wait()
+        return _Pending(saving, earlier[-1] if earlier else None, self.background, started)
 
     def wait(self) -> None:
         """Until the save that is under way is committed, if there is one."""
@@ -126,9 +137,10 @@ class Checkpoints:
             return
         pending, self._pending = self._pending, None
         started = perf_counter()
-        pending.join()
-        pending.saving.commit()
-        self._lead(self._retain)
+        with self._held:
+            pending.join()
+            pending.saving.commit()
+            self._lead(self._retain)
         self.last = pending.cost(perf_counter() - started)
 
     @property
@@ -182,10 +194,15 @@ class Checkpoints:
     def _lead(self, action: Callable[[], None]) -> None:
         together(action if self.comm.rank == 0 else lambda: None, self.comm)
 
+    def _hold(self) -> None:
+        make_directories(self.directory, self.disk)
+        self._held.enter_context(claimed(self.directory, self.disk))
+
     def _retain(self) -> None:
         paths = committed(self.directory, self.disk)
         for path in paths[: -self.keep] if self.keep else ():
-            discard(path, self.disk)
+            with suppress(BlockingIOError):  # somebody saves to it: it is no longer ours
+                discard(path, self.disk)
 
     def __enter__(self) -> Self:
         return self
@@ -196,6 +213,8 @@ class Checkpoints:
             self.wait()
         elif self._pending is not None:
             self._pending.join()
+            self._pending.saving.held.close()
+            self._held.close()
 
 
 class _Pending:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 SLICE = 2**18  # bytes that are read at a time: they stay in a core's cache
+LOCKLESS = {errno.ENOTSUP, errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EINVAL}
 
 
 class Disk:
@@ -88,6 +91,46 @@ class Disk:
     def remove_directory(self, path: Path) -> None:
         os.rmdir(path)
 
+    def lock(self, path: Path) -> int:
+        """Keep a directory from all who would lock it too, until ``unlock``, or this process ends.
+
+        Not all file systems have locks: where there are none, none is taken.
+
+        Raises:
+            BlockingIOError: another has it.
+        """
+        import fcntl  # which not all systems have that can import this
+
+        try:
+            file = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError as error:  # whoever had the lock has removed it just now
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), str(path)) from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _is_at(file, path):
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), str(path))
+        except OSError as error:
+            if error.errno not in LOCKLESS:
+                os.close(file)
+                raise
+        return file
+
+    def unlock(self, lock: int) -> None:
+        """A forked process may still have the descriptor, so closing it does not do."""
+        import fcntl
+
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_UN)
+        os.close(lock)
+
+
+def _is_at(file: int, path: Path) -> bool:
+    """Whether an open directory still has this name, or lost it while nobody had the lock."""
+    try:
+        return os.path.samestat(os.fstat(file), os.stat(path))
+    except FileNotFoundError:
+        return False
+
 
 DISK = Disk()
 
@@ -119,5 +162,9 @@ def make_directories(path: Path, disk: Disk) -> None:
     """The directory, and those above it, so that they survive a crash."""
     if disk.names(path) is None:
         make_directories(path.parent, disk)
-        disk.make_directory(path)
+        try:
+            disk.make_directory(path)
+        except FileExistsError:  # by another process, meanwhile
+            if disk.names(path) is None:
+                raise
         disk.sync_directory(path.parent)

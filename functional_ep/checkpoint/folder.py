@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from functional_ep.checkpoint.disk import DISK, Disk, read_all, write_all
@@ -58,20 +60,55 @@ def _instead(path: Path, disk: Disk) -> str:
     return f"it has no {MANIFEST}"
 
 
+@contextmanager
+def claimed(path: Path, disk: Disk) -> Iterator[None]:
+    """Meanwhile no other process saves to a directory, nor removes what is not named there yet.
+
+    It ends with the process, however that ends, and where nobody refers to it any more.
+
+    Raises:
+        BlockingIOError: another process has it.
+    """
+    try:
+        lock = disk.lock(path)
+    except BlockingIOError:
+        raise BlockingIOError(
+            f"another process is saving to {path}: wait for it, or choose another path"
+        ) from None
+    try:
+        yield
+    finally:
+        disk.unlock(lock)
+
+
 def put_manifest(path: Path, manifest: Manifest, disk: Disk) -> None:
     """The moment of a save: the renaming. What the old manifest named may go after it, not before.
 
     Payloads and their names have reached the medium by now, and the new name has, before anything
     is removed; so after a crash either manifest finds all that it names.
+
+    Raises:
+        OSError: it is not there; or it is, but that may not survive a crash, which the error says.
     """
     write_all(growing(path / MANIFEST), [memoryview(to_bytes(manifest))], disk)
     disk.rename(growing(path / MANIFEST), path / MANIFEST)
-    sweep(path, disk)
+    try:
+        disk.sync_directory(path)
+    except OSError as error:
+        error.strerror = f"{error.strerror}, so what was saved may not survive a crash"
+        error.filename = error.filename or str(path)
+        raise
+    with suppress(OSError):  # saved it is, whatever else is left there; the next save sweeps again
+        _remove_unnamed(path, disk)
 
 
 def sweep(path: Path, disk: Disk) -> None:
     """Remove what saves left behind: files of ours that the manifest, if there is one, lacks."""
     disk.sync_directory(path)
+    _remove_unnamed(path, disk)
+
+
+def _remove_unnamed(path: Path, disk: Disk) -> None:
     try:
         kept = read_manifest(path, disk).names | {MANIFEST}
     except (FileNotFoundError, ValueError):
@@ -116,17 +153,26 @@ def step_of(path: Path) -> int:
 
 
 def tidy(directory: Path, disk: Disk) -> None:
-    """Remove what crashed saves, and removals, left of checkpoints that are none."""
+    """Remove what crashed saves, and removals, left of checkpoints that are none.
+
+    What another process is saving is none either, but is left alone.
+    """
     whole = committed(directory, disk)
     for name in disk.names(directory) or ():
         if STEP.fullmatch(name) and directory / name not in whole:
-            _empty(directory / name, disk)
+            with suppress(BlockingIOError), claimed(directory / name, disk):
+                _empty(directory / name, disk)
 
 
 def discard(path: Path, disk: Disk) -> None:
-    """Remove a checkpoint: first what makes it one, so that half of it never looks like one."""
-    disk.remove(path / MANIFEST)
-    _empty(path, disk)
+    """Remove a checkpoint: first what makes it one, so that half of it never looks like one.
+
+    Raises:
+        BlockingIOError: another process is saving to it.
+    """
+    with claimed(path, disk):
+        disk.remove(path / MANIFEST)
+        _empty(path, disk)
 
 
 def _empty(path: Path, disk: Disk) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ import torch
 from functional_ep.agreement import check_agreement, common_failure, gather_bytes, together
 from functional_ep.checkpoint import digest
 from functional_ep.checkpoint.disk import DISK, Disk, make_directories
-from functional_ep.checkpoint.folder import put_manifest, refuse_foreign, sweep
+from functional_ep.checkpoint.folder import claimed, put_manifest, refuse_foreign, sweep
 from functional_ep.checkpoint.manifest import (
     Attached,
     Entry,
@@ -65,6 +65,7 @@ def save(
     Raises:
         ValueError, TypeError: a state that is not of the plan; metadata that JSON cannot say.
         FileExistsError: a path at which there is something else.
+        BlockingIOError: another process is saving to this path; nothing there has changed.
         OSError: a full or read-only disk, say. Every error is raised on all ranks alike and names
             the rank that had it; what was saved at ``path`` before is still there.
 
@@ -113,8 +114,9 @@ class Saving:
         parts, text = together(lambda: _checked(state, plan, comm, extras), comm)
         self.step, self.metadata, self.block = int(state.step), extras.metadata, digest.BLOCK
         check_agreement(f"{text}\nstep {self.step}\npath {path}", "state to save", comm)
-        self.files = together(lambda: self._begin(extras.files), comm)
         self.parts = together(lambda: copies(parts), comm)
+        self.held = ExitStack()  # rank 0 holds the directory, for all ranks
+        self.files = together(lambda: self._begin(extras.files), comm)
         self.error: Exception | None = None
         self.record: dict[str, Any] = {}
 
@@ -126,9 +128,11 @@ class Saving:
         refuse_foreign(self.path, self.disk)
         try:
             make_directories(self.path, self.disk)
+            self.held.enter_context(claimed(self.path, self.disk))
             sweep(self.path, self.disk)
         except OSError:
-            with suppress(OSError):
+            self.held.close()
+            with suppress(OSError), claimed(self.path, self.disk):
                 self._discard()
             raise
         return contents
@@ -145,13 +149,14 @@ class Saving:
 
     def commit(self) -> None:
         """Together: all that was written becomes the checkpoint, or none of it does."""
-        failure = common_failure(self.error, self.comm)
-        if failure is None:
-            records = gather_bytes(json.dumps(self.record).encode(), self.comm)
-            failure = self._lead(lambda: self._put([json.loads(record) for record in records]))
-        if failure is not None:
-            self._lead(self._discard)
-            raise failure from (None if failure is self.error else self.error)
+        with self.held:
+            failure = common_failure(self.error, self.comm)
+            if failure is None:
+                records = gather_bytes(json.dumps(self.record).encode(), self.comm)
+                failure = self._lead(lambda: self._put([json.loads(record) for record in records]))
+            if failure is not None:
+                self._lead(self._discard)
+                raise failure from (None if failure is self.error else self.error)
 
     def _lead(self, action: Callable[[], None]) -> Exception | None:
         """What is for rank 0 to do, while the others wait; its error is that of all."""
