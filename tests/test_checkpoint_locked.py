@@ -74,7 +74,7 @@ def damage(path: Path) -> list[str]:
 
 
 def hammer(path: Path, first: int, disk: Disk, seconds: float, start: Any, tallies: Any) -> None:
-    """Save again and again; what another process removes meanwhile, a verification may miss."""
+    """Save again and again; every refusal has to say why, and every other error is wrong."""
     made, refused, wrong = 0, 0, list[str]()
     start.wait()
     end = monotonic() + seconds
