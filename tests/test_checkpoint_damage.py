@@ -15,6 +15,7 @@ from states import a_plan, alone, same, state_of
 from functional_ep import restore, save
 from functional_ep.checkpoint import digest, parts, verify
 from functional_ep.checkpoint.folder import read_manifest
+from functional_ep.sealed import seal
 from sharding import Comm, Mesh, Plan, simulate, zero3
 
 ROOT, SEED = Path("/c"), 3
@@ -206,14 +207,12 @@ CONTRADICTIONS: dict[str, tuple[Callable[[dict], object], str]] = {  # pyright: 
 @pytest.mark.parametrize("name", CONTRADICTIONS)
 def test_a_manifest_that_was_made_to_mislead_is_refused(whole: MemoryDisk, name: str) -> None:
     """Its digest is right: anyone can compute it. What it says has to hold together as well."""
-    from functional_ep.checkpoint.manifest import _sealed
-
     change, message = CONTRADICTIONS[name]
     body = json.loads(bytes(whole.nodes[MANIFEST].data))
     del body["digest"]
     change(body)
     damaged = whole.after_crash(None)
-    damaged.nodes[MANIFEST].data[:] = _sealed(body)
+    damaged.nodes[MANIFEST].data[:] = seal(body)
     with pytest.raises(ValueError, match=f"manifest.json is damaged.*{message}"):
         read_manifest(ROOT, damaged)
 
@@ -222,5 +221,7 @@ def test_deep_nesting_and_foreign_texts_are_refused(whole: MemoryDisk) -> None:
     for text in (b"[" * 100_000, b"{}", b"\xff\xfe", b"null", b'{"format": 1}', b"9" * 10_000, b""):
         damaged = whole.after_crash(None)
         damaged.nodes[MANIFEST].data[:] = text
-        with pytest.raises(ValueError, match=r"manifest.json is damaged, or no manifest"):
+        with pytest.raises(
+            ValueError, match=r"manifest.json is damaged, or no functional-ep check"
+        ):
             read_manifest(ROOT, damaged)

@@ -15,7 +15,7 @@ from states import LABELS, PARAMS, RULES, a_plan, same, state_of
 from functional_ep import State, adamw, init_state, restore, restore_params, save, sgd
 from functional_ep.checkpoint import attached, describe, verify
 from functional_ep.checkpoint.disk import Disk
-from functional_ep.checkpoint.manifest import _sealed
+from functional_ep.sealed import seal
 from sharding import Comm, Mesh, Plan, make_plan, replicated, simulate, zero3
 
 MESH = Mesh(edp=1, ep=2)
@@ -85,7 +85,7 @@ def test_a_checkpoint_from_the_future_is_not_read_or_written_over(path: Path) ->
     body = json.loads(manifest.read_text())
     del body["digest"]
     body["version"] = 2
-    manifest.write_bytes(_sealed(body))
+    manifest.write_bytes(seal(body))
     message = r"format version 2, written by functional-ep .* up to 1: update functional-ep"
     refuses_to_restore(path, PLAN, ValueError, message)
     before = contents(path)

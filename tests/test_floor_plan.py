@@ -86,21 +86,23 @@ functional_ep.train_step    <- agreement differentiate norm optim poll state vot
 functional_ep.memory        <- differentiate optim state train_step sharding sharding.rehearsal
 functional_ep.box           <-
 functional_ep.safetensors_file <- box
+functional_ep.sealed        <-
 functional_ep.checkpoint.disk     <-
-functional_ep.checkpoint.digest   <- safetensors_file
-functional_ep.checkpoint.manifest <- checkpoint.digest safetensors_file
-functional_ep.checkpoint.folder   <- checkpoint.disk checkpoint.manifest
+functional_ep.checkpoint.digest   <- safetensors_file sealed
+functional_ep.checkpoint.manifest <- safetensors_file sealed
+functional_ep.checkpoint.folder   <- checkpoint.disk checkpoint.manifest sealed
 functional_ep.checkpoint.parts    <- checkpoint.manifest safetensors_file state sharding
                                      sharding.gather sharding.tree
 functional_ep.checkpoint.payload  <- checkpoint.digest checkpoint.disk checkpoint.folder
                                      checkpoint.manifest checkpoint.parts safetensors_file
+                                     sealed
 functional_ep.checkpoint.saving     <- agreement checkpoint.digest checkpoint.disk checkpoint.folder
                                      checkpoint.manifest checkpoint.parts checkpoint.payload
                                      state sharding
 functional_ep.checkpoint.reader   <- checkpoint.digest checkpoint.disk checkpoint.manifest
-                                     safetensors_file sharding.tree
-functional_ep.checkpoint.restoring  <- agreement checkpoint.digest checkpoint.disk checkpoint.folder
-                                     checkpoint.manifest checkpoint.reader optim state
+                                     safetensors_file sealed sharding.tree
+functional_ep.checkpoint.restoring  <- agreement checkpoint.disk checkpoint.folder
+                                     checkpoint.manifest checkpoint.reader optim sealed state
                                      sharding sharding.gather sharding.leaf
 functional_ep.checkpoint.check    <- checkpoint.disk checkpoint.folder checkpoint.manifest
                                      checkpoint.reader
@@ -160,7 +162,7 @@ functional_ep.huggingface.model   <- huggingface.adapted huggingface.detect
 functional_ep.huggingface         <- huggingface.dump huggingface.model huggingface.shift
                                      huggingface.stream sharding
 functional_ep.recordings.trees <- sharding.tree
-functional_ep.recordings.file <- bits recordings.trees safetensors_file
+functional_ep.recordings.file <- bits recordings.trees safetensors_file sealed
                                sharding sharding.comm sharding.tape
 functional_ep.recordings.record <- recordings.file recordings.trees state
                                sharding sharding.streams sharding.tape sharding.tree

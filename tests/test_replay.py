@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
@@ -24,8 +25,9 @@ from test_vote import copy_of, same
 from torch import Tensor
 
 from functional_ep import Difference, State, Vetoed, Vote, bisect, record, replay
-from functional_ep.recordings.file import ABOUT, TENSORS, folder_of
+from functional_ep.recordings.file import ABOUT, TENSORS, folder_of, read_about
 from functional_ep.recordings.trees import describe, rebuild
+from functional_ep.sealed import seal
 from functional_ep.testing import Chosen, Training, prepare, trainings
 from sharding import Comm, Divergence, Mesh, simulate, tape
 from sharding.comm import Done, Op, Then, Work
@@ -259,7 +261,8 @@ def recording(tmp_path: Path) -> Path:
 
 def edited(path: Path, **changes: Any) -> None:
     about = json.loads((path / ABOUT).read_text())
-    (path / ABOUT).write_text(json.dumps(about | changes))
+    del about["digest"]
+    (path / ABOUT).write_bytes(seal(about | changes))
 
 
 def test_what_is_no_recording_is_refused(recording: Path) -> None:
@@ -267,17 +270,51 @@ def test_what_is_no_recording_is_refused(recording: Path) -> None:
     with pytest.raises(ValueError, match=r"is no recording: it has no recording\.json"):
         replay(recording.parent, program)
     edited(recording, version=2)
-    with pytest.raises(ValueError, match=r"version 2, and this library reads up to 1: update"):
+    message = r"recording\.json has format version 2; this code reads versions up to 1: update"
+    with pytest.raises(ValueError, match=message):
         replay(recording, program)
+    for version in ("2", None, True, 0, 1.0, [1]):
+        edited(recording, version=version)
+        said = re.escape(f"its version is {version!r}")
+        with pytest.raises(ValueError, match=rf"recording\.json is damaged, or no .*: {said}"):
+            replay(recording, program)
     edited(recording, format="cake", version=1)
-    with pytest.raises(ValueError, match="'cake', not a 'functional-ep recording'"):
+    with pytest.raises(ValueError, match="or no functional-ep recording: it is a 'cake'"):
         replay(recording, program)
     edited(recording, format="functional-ep recording", more=1)
-    with pytest.raises(ValueError, match="is damaged"):
+    with pytest.raises(ValueError, match=r"is damaged.*'more'"):
         replay(recording, program)
     (recording / ABOUT).write_text("{")
     with pytest.raises(ValueError, match="is damaged"):
         replay(recording, program)
+
+
+def test_whatever_bit_flips_in_what_it_says_is_found(tmp_path: Path) -> None:
+    def step(state: State, x: Tensor, rate: float) -> tuple[State, dict[str, Tensor]]:
+        return state, {"x": x * rate}
+
+    def program(comm: Comm) -> Any:
+        return record(step, comm, tmp_path)(State(torch.tensor(5), {}, {}), torch.ones(2), 0.5)
+
+    (expected,) = simulate(program, Mesh(edp=1))
+    folder, random = folder_of(tmp_path, 0, 5), Random(5)
+    whole = (folder / ABOUT).read_bytes()
+    assert same(replay(folder, lambda comm: step), expected)
+    for at in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << random.randrange(8)
+        (folder / ABOUT).write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"recording\.json (is damaged, or no|has format)"):
+            read_about(folder)
+    for length in range(len(whole)):
+        (folder / ABOUT).write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"recording\.json is damaged, or no"):
+            read_about(folder)
+    edited_without_a_seal = whole.replace(b'"value":0.5', b'"value":0.7')
+    assert edited_without_a_seal != whole
+    (folder / ABOUT).write_bytes(edited_without_a_seal)
+    with pytest.raises(ValueError, match=r"its text and its digest disagree"):
+        replay(folder, lambda comm: step)
 
 
 def test_a_flipped_bit_in_the_file_is_found(recording: Path) -> None:
@@ -349,7 +386,7 @@ LEAVES = st.one_of(
     st.none(),
     st.booleans(),
     st.integers(),
-    st.floats(allow_nan=False),
+    st.floats(),
     st.text(),
     st.lists(st.integers(0, 9), max_size=3).map(torch.tensor),
 )
@@ -375,7 +412,7 @@ class Leafy(NamedTuple):
 @given(TREES)
 def test_a_tree_comes_back_from_json(tree: Any) -> None:
     tensors: dict[str, Tensor] = {}
-    node = json.loads(json.dumps(describe(tree, "tree", tensors)))
+    node = json.loads(json.dumps(describe(tree, "tree", tensors), allow_nan=False))
     again = rebuild(node, tensors)
     kept: dict[str, Tensor] = {}
     assert json.dumps(describe(again, "tree", kept)) == json.dumps(node)

@@ -11,7 +11,7 @@ import torch
 
 from functional_ep.checkpoint.disk import DISK, Disk
 from functional_ep.checkpoint.folder import read_manifest
-from functional_ep.checkpoint.manifest import PARAMS, VERSION, Manifest
+from functional_ep.checkpoint.manifest import KIND, PARAMS, Manifest
 from functional_ep.checkpoint.reader import Reader, Wanted
 
 
@@ -143,7 +143,7 @@ def _contents(path: Path, manifest: Manifest, problems: tuple[str, ...]) -> Cont
     )
     sizes = {name: file.size for name, file in manifest.files.items()}
     total = sum(p.size for p in manifest.payloads.values()) + sum(sizes.values())
-    about = manifest.step, VERSION, manifest.code, manifest.metadata
+    about = manifest.step, KIND.version, manifest.code, manifest.metadata
     return Contents(path, *about, leaves, sizes, total, problems)
 
 

@@ -8,18 +8,9 @@ import xxhash
 from torch import Tensor
 
 from functional_ep.safetensors_file import memory_of
+from functional_ep.sealed import digest
 
-ALGORITHM = "xxh3_128"
 BLOCK = 2**22  # bytes that are read and checked at a time: who needs a part reads a little more
-
-
-def digest(memory: bytes | memoryview) -> str:
-    """The 128 bits of xxh3, in hex: a flipped bit changes them; it is no signature.
-
-    >>> digest(b"abc")
-    '06b05ab6733a618578af5f94892f3950'
-    """
-    return xxhash.xxh3_128_hexdigest(memory)
 
 
 def digest_of_all(slices: Iterable[memoryview]) -> tuple[str, int]:

@@ -8,14 +8,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from functional_ep.checkpoint.disk import DISK, Disk, read_all, write_all
-from functional_ep.checkpoint.manifest import (
-    MANIFEST,
-    STORED,
-    Manifest,
-    Newer,
-    from_bytes,
-    to_bytes,
-)
+from functional_ep.checkpoint.manifest import MANIFEST, STORED, Manifest, from_bytes, to_bytes
+from functional_ep.sealed import Newer
 
 INCOMPLETE = ".incomplete"
 STEP = re.compile(r"step-(\d{8,})")

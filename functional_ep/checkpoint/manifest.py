@@ -7,7 +7,6 @@ them; who reads asks only for intervals.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
@@ -15,11 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from functional_ep.checkpoint.digest import ALGORITHM, digest
 from functional_ep.safetensors_file import DTYPES, NAMES
+from functional_ep.sealed import ALGORITHM, Kind, seal, unseal
 
 MANIFEST = "manifest.json"
-FORMAT, VERSION = "functional-ep checkpoint", 1
+KIND = Kind("functional-ep checkpoint", 1, "Restore another checkpoint")
 PARAMS = "params"  # the role of the parameter among the tensors of a leaf
 STORED = re.compile(r"((rank|frozen)-\d{5,}-[0-9a-f]{32}\.safetensors|file-[0-9a-f]{32}-[^/]+)")
 
@@ -83,10 +82,6 @@ class Manifest(NamedTuple):
         return set(self.payloads) | {file.stored for file in self.files.values()}
 
 
-class Newer(ValueError):
-    """A checkpoint of a format that is younger than this code."""
-
-
 def tensor_name(role: str, path: str, lo: int, hi: int) -> str:
     """The name of a piece in its safetensors file.
 
@@ -99,7 +94,7 @@ def tensor_name(role: str, path: str, lo: int, hi: int) -> str:
 def to_bytes(manifest: Manifest) -> bytes:
     """The one text of a manifest, which ends in the digest of all that is before it."""
     numbers = {name: number for number, name in enumerate(manifest.payloads)}
-    body: dict[str, Any] = {"format": FORMAT, "version": VERSION, "digests": ALGORITHM}
+    body: dict[str, Any] = {"format": KIND.format, "version": KIND.version, "digests": ALGORITHM}
     body |= manifest._asdict()
     body["leaves"] = [
         {
@@ -114,15 +109,7 @@ def to_bytes(manifest: Manifest) -> bytes:
         }
         for entry in manifest.leaves
     ]
-    return _sealed(body)
-
-
-def _sealed(body: dict[str, Any]) -> bytes:
-    return _text(body | {"digest": digest(_text(body))}) + b"\n"
-
-
-def _text(body: Any) -> bytes:
-    return json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
+    return seal(body)
 
 
 def from_bytes(text: bytes, where: Path) -> Manifest:
@@ -132,29 +119,7 @@ def from_bytes(text: bytes, where: Path) -> Manifest:
         Newer: a format that this code does not know yet.
         ValueError: any other text, of which a bit may have flipped; contents that contradict.
     """
-    try:
-        body = json.loads(text)
-        if body["format"] != FORMAT or type(body["version"]) is not int:
-            raise ValueError(f"it is no {FORMAT}")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _damaged(where, error) from None
-    if body["version"] > VERSION:
-        raise Newer(
-            f"{where} has format version {body['version']}, written by {body.get('code')}; this "
-            f"code reads versions up to {VERSION}: update functional-ep"
-        )
-    try:
-        del body["digest"]
-        if _sealed(body) != text:
-            raise ValueError("its text and its digest disagree")
-        return _parsed(body)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise _damaged(where, error) from None
-
-
-def _damaged(where: Path, error: Exception) -> ValueError:
-    found = str(error) if isinstance(error, ValueError) else repr(error)
-    return ValueError(f"{where} is damaged, or no manifest: {found}. Restore another checkpoint")
+    return unseal(text, where, KIND, _parsed)
 
 
 def _parsed(body: dict[str, Any]) -> Manifest:

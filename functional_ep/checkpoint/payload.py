@@ -7,12 +7,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from functional_ep.checkpoint.digest import digest, digests_of
+from functional_ep.checkpoint.digest import digests_of
 from functional_ep.checkpoint.disk import Disk, write_all
 from functional_ep.checkpoint.folder import growing
 from functional_ep.checkpoint.manifest import Attached, Payload, Piece
 from functional_ep.checkpoint.parts import Part
 from functional_ep.safetensors_file import make_header, memory_of
+from functional_ep.sealed import digest
 
 
 class Written(NamedTuple):

@@ -10,11 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from functional_ep.checkpoint.digest import digest, digest_of_all
+from functional_ep.checkpoint.digest import digest_of_all
 from functional_ep.checkpoint.disk import Disk, read_all
 from functional_ep.checkpoint.manifest import PARAMS, Entry, Manifest, Piece, tensor_name
 from functional_ep.safetensors_file import NAMES, memory_of, parse_header
 from functional_ep.safetensors_file import Stored as InFile
+from functional_ep.sealed import digest
 from sharding.tree import show
 
 AGAIN = "Restore another checkpoint"

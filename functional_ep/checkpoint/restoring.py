@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from functional_ep.agreement import check_agreement, together
-from functional_ep.checkpoint.digest import digest
 from functional_ep.checkpoint.disk import DISK, Disk
 from functional_ep.checkpoint.folder import read_manifest
 from functional_ep.checkpoint.manifest import PARAMS, Entry, Manifest, to_bytes
 from functional_ep.checkpoint.reader import Reader, Wanted
 from functional_ep.optim import Moments
+from functional_ep.sealed import digest
 from functional_ep.state import State, moments_in_common
 from sharding import Comm, Plan, interval
 from sharding.gather import Layout

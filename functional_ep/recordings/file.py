@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,11 +20,12 @@ from functional_ep.safetensors_file import (
     read_into,
     write_from,
 )
+from functional_ep.sealed import Kind, seal, unseal
 from sharding import Mesh
 from sharding.comm import Op
 from sharding.tape import Asked, Heard
 
-FORMAT, VERSION = "functional-ep recording", 1
+KIND = Kind("functional-ep recording", 1, "Replay or compare another recording")
 ABOUT, TENSORS = "recording.json", "tensors.safetensors"
 
 
@@ -69,10 +69,9 @@ def write(folder: Path, about: About, tensors: Mapping[str, Tensor]) -> None:
         file.truncate(size)
     for place in places:
         write_from(part / TENSORS, place.start, plain[place.name])
-    mesh = list(about.mesh.sizes)
     entries = about._replace(tensors={name: _entry(x) for name, x in tensors.items()})._asdict()
-    text = json.dumps({"format": FORMAT, "version": VERSION} | entries | {"mesh": mesh}, indent=1)
-    (part / ABOUT).write_text(text, "utf-8")
+    body = {"format": KIND.format, "version": KIND.version} | entries
+    (part / ABOUT).write_bytes(seal(body | {"mesh": list(about.mesh.sizes)}))
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
 
@@ -89,22 +88,13 @@ def read_about(folder: Path) -> About:
             f"{folder} is no recording: it has no {ABOUT}. A recording is a folder such as "
             f"{folder_of('RUN', 3, 100)}, written by record(step, comm, 'RUN')"
         )
-    try:
-        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        kind, version = found.pop("format"), found.pop("version")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged, or is of no recording: {error!r}") from None
-    if kind != FORMAT:
-        raise ValueError(f"{path} is a {kind!r}, not a {FORMAT!r}")
-    if version > VERSION:
-        raise ValueError(
-            f"{path} is of version {version}, and this library reads up to {VERSION}: update it"
-        )
-    try:
-        found["mesh"] = Mesh(**dict(found["mesh"]))
-        return About(**found)
-    except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+    return unseal(path.read_bytes(), path, KIND, _parsed)
+
+
+def _parsed(body: Json) -> About:
+    entries: Json = {name: x for name, x in body.items() if name not in ("format", "version")}
+    entries["mesh"] = Mesh(**dict(body["mesh"]))
+    return About(**entries)
 
 
 def read_tensors(

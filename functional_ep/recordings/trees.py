@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -51,6 +52,8 @@ def describe(tree: Any, name: str, tensors: dict[str, Tensor]) -> Json:
         values: list[Any] = list(tree)
         nodes = [describe(x, f"{name}/{i}", tensors) for i, x in enumerate(values)]
         return {type(tree).__name__: nodes}
+    if type(tree) is float and not math.isfinite(tree):  # JSON has no word for it
+        return {"float": str(tree)}
     if type(tree) in SCALARS:
         return {"value": tree}
     raise ValueError(
@@ -83,6 +86,8 @@ def rebuild(node: Json, tensors: Mapping[str, Tensor]) -> Any:
         return _named(node["named"])(*(rebuild(x, tensors) for x in node["items"]))
     if "value" in node:
         return node["value"]
+    if "float" in node:
+        return float(node["float"])
     (kind,) = node
     values = [rebuild(x, tensors) for x in node[kind]]
     return tuple(values) if kind == "tuple" else values
