@@ -173,6 +173,36 @@ def test_a_step_that_ends_with_an_error_ends_with_it_again(tmp_path: Path) -> No
         replay(folder_of(tmp_path, 2, 0), lambda comm: Arena(comm, Vote("skip"), place, False).step)
 
 
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(3)], ids=["^C", "exit"])
+def test_a_step_that_was_interrupted_does_not_look_finished(
+    tmp_path: Path, stop: BaseException
+) -> None:
+    def step(state: State, x: Tensor) -> tuple[State, dict[str, Tensor]]:
+        return state, {"x": x}
+
+    def interrupted(state: State, x: Tensor) -> tuple[State, dict[str, Tensor]]:
+        raise stop
+
+    def program(comm: Comm, inner: Any, run: Path) -> None:
+        recorded = record(inner, comm, run)
+        given = State(torch.tensor(5), {}, {}), torch.ones(2)
+        if inner is step:
+            recorded(*given)
+        else:
+            with pytest.raises(type(stop)):
+                recorded(*given)
+
+    for name, inner in {"a": step, "b": interrupted}.items():
+        simulate(program, Mesh(edp=1), [inner], [tmp_path / name])
+    said = f"SystemExit: {stop}" if isinstance(stop, SystemExit) else "KeyboardInterrupt"
+    about = read_about(folder_of(tmp_path / "b", 0, 5))
+    assert (about.ended, about.result) == (said, {})
+    assert read_about(folder_of(tmp_path / "a", 0, 5)).ended == ""
+    with pytest.raises(Divergence, match=f"ended with {said}. Here it did not"):
+        replay(folder_of(tmp_path / "b", 0, 5), lambda comm: step)
+    assert re.search(f"the end \\(none; {said}\\)", str(bisect(tmp_path / "a", tmp_path / "b")))
+
+
 # -- two runs ------------------------------------------------------------------------------------
 
 

@@ -29,7 +29,7 @@ def record(
     ``directory/rank-00003/step-00000100`` then holds what rank 3 had and received in step 100: its
     state before, its batches, its random stream, and the results of every collective. That is all
     that :func:`replay` needs, alone and elsewhere. A recording of the same step before it is
-    replaced. A step that ends with an error is recorded as far as it came.
+    replaced. A step that ends with an error, or is interrupted, is recorded as far as it came.
 
     Until the step ends, the results of its collectives are kept in memory.
 
@@ -79,8 +79,8 @@ def record(
             with comm.heard_by(tape):
                 after, metrics = step(state, *batches)
             result = digests_of(after, metrics)
-        except Exception as error:
-            ended = f"{type(error).__name__}: {error}"
+        except BaseException as error:  # an interrupt ends it too: it shall not look finished
+            ended = f"{type(error).__name__}: {error}".removesuffix(": ")
             raise
         finally:
             about = _about(comm, number, before, tape.heard, tensors)
