@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help test train bench profile lint types check clean
+.PHONY: help test train bench scaling profile lint types check clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
@@ -21,6 +21,9 @@ train: $(INSTALLED)  ## train a small language model on two processes
 
 bench: $(INSTALLED)  ## the same training by functional-ep and by its peers, side by side
 	$(BIN)/python examples/benchmarks/side_by_side.py --results docs/benchmarks.jsonl --page docs/benchmarks.md $(ARGS)
+
+scaling: $(INSTALLED)  ## how the cost of a step grows with ranks, experts and tokens
+	$(BIN)/python examples/benchmarks/scaling.py --results docs/scaling.jsonl --plot docs/scaling.png $(ARGS)
 
 profile: $(INSTALLED)  ## where the time of a step goes, on two processes
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 examples/benchmarks/profile_step.py $(ARGS)

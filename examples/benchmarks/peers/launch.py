@@ -18,9 +18,11 @@ from peers.systems import SYSTEMS
 
 BENCHMARKS = Path(__file__).parents[1]
 ROOT = BENCHMARKS.parents[1]
-# glibc gives freed memory back, and every page of the next large tensor costs a fault; or keeps it.
+# glibc keeps some of the memory that is freed, so that fewer pages of the next large tensor cost a
+# fault each. Told to keep all of it, it is fastest; told to return it, what is resident is in use.
 MALLOC = {
     "default": {},
+    "returned": {"MALLOC_MMAP_THRESHOLD_": str(1 << 17)},
     "kept": {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)},
 }
 ALIKE = {

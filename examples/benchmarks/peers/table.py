@@ -9,6 +9,11 @@ from peers.results import WARM_UP, Group, Run, groups, summary
 from peers.systems import REFERENCE
 
 MIB = 2**20
+ALLOCATOR = {
+    "default": "malloc as it is",
+    "kept": "malloc keeps what is freed",
+    "returned": "malloc returns what is freed",
+}
 HEAD = (
     "system",
     "CPU s per step, all ranks (range)",
@@ -53,11 +58,12 @@ def table(group: Group, systems: Mapping[str, Sequence[Run]]) -> str:
         for run in runs
         if not run.error
     }
-    allocator = "malloc keeps memory" if group.malloc == "kept" else "malloc as it is"
     title = f"## {group.shape}, {group.dtype}, sequences of {group.length}"
     lines = [HEAD, ("---", *["---:"] * (len(HEAD) - 1)), *rows]
     body = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-    return "\n".join([title, "", "".join(sorted(sizes)) + allocator, "", body, *errors, ""])
+    return "\n".join(
+        [title, "", "".join(sorted(sizes)) + ALLOCATOR[group.malloc], "", body, *errors, ""]
+    )
 
 
 def row(name: str, runs: Sequence[Run], reference: Sequence[Run]) -> tuple[str, ...]:
