@@ -29,7 +29,7 @@ from peers.plot import plot
 from peers.rank import Request
 from peers.results import WARM_UP, Group, Run, append, groups, read
 from peers.shapes import SHAPES, Job
-from peers.systems import REFERENCE, SYSTEMS
+from peers.systems import SYSTEMS
 from peers.table import page, table
 
 FEWEST = WARM_UP + 3
@@ -142,7 +142,11 @@ def write(results: Path, target: Path | None) -> None:
     if target is None or not runs:
         return
     target.write_text(page(runs))
-    plot(runs, target.with_suffix(".png"), f"Side by side; {REFERENCE}, and {runs[0].cores} cores")
+    plot(
+        runs,
+        target.with_suffix(".png"),
+        f"The same training, side by side, on {runs[0].cores} cores",
+    )
     print(f"wrote {target} and {target.with_suffix('.png')}")
 
 
