@@ -31,6 +31,7 @@ from sharding import Comm, Mesh, simulate
 
 EXPERTS = "experts, elementwise"
 FORWARD = (STEP, MODEL)
+AGAIN = (STEP, f"{BACKWARD}_ClosedBackward")  # where a block is recomputed
 EVENTS = {
     Event("aten::mm", 1.0, (*FORWARD, EXPERTS), (1,)): GEMM,
     Event("aten::argsort", 1.0, (*FORWARD, EXPERTS), (2,)): PERMUTATION,
@@ -43,6 +44,8 @@ EVENTS = {
     Event("aten::mm", 1.0, (STEP, f"{BACKWARD}_GroupedMmBackward"), (1, 99)): GEMM,
     Event("aten::mm", 1.0, (STEP, f"{BACKWARD}MmBackward0"), (98,)): REST,
     Event("aten::add", 1.0, (STEP, f"{BACKWARD}_WaitBackward", "reduce"), (4,)): "reduce",
+    Event("aten::mm", 1.0, (*AGAIN, EXPERTS), (60, 61)): GEMM,
+    Event("aten::mm", 1.0, (*AGAIN, f"{BACKWARD}MmBackward0"), (60, 61)): GEMM,
     Event("aten::mul", 1.0, (STEP,), ()): CLIPPING,
     Event("aten::mul", 1.0, (STEP, OPTIMIZER), ()): OPTIMIZER,
     Event("reduce", 1.0, (STEP,), ()): "reduce",

@@ -113,7 +113,7 @@ def breakdown(events: Iterable[Event]) -> dict[str, float]:
     forward: dict[int, str] = {}
     for event in inside:
         part = _part((*event.parents, event.name))
-        if part is not None and not _is_backward(event):
+        if part is not None:
             forward |= {number: forward.get(number, part) for number in event.numbers}
     times: dict[str, float] = defaultdict(float)
     for event in inside:
