@@ -144,12 +144,12 @@ def idle_rank_skips(patch: Patch) -> None:
 
 
 def permutation_for_inverse(patch: Patch) -> None:
-    right = permute.collect
+    right = permute.mix
 
-    def collect(y: Tensor, by: permute.Order, choices: int = 1) -> Tensor:
-        return right(y, permute.Order(by.inverse, by.order), choices)
+    def mix(y: Tensor, weights_TK: Tensor, by: permute.Order) -> Tensor:
+        return right(y, weights_TK, permute.Order(by.inverse, by.order))
 
-    patch.setattr(moe, "collect", collect)
+    patch.setattr(moe, "mix", mix)
 
 
 def other_axis_order(patch: Patch) -> None:
