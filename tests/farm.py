@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import os
 import pickle
+import random
 import socket
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -187,7 +189,11 @@ def _name(program: Any) -> str:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nobody listens on, and that no outgoing connection will be given meanwhile."""
+    limits = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    lowest = int(limits.read_text().split()[0]) if limits.exists() else 49152
+    for port in random.SystemRandom().sample(range(1024, max(lowest, 2048)), 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError("100 random ports are all in use")

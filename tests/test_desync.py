@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from farm import Farm, RankDied, free_port
+from farm import Farm, RankDied
 
 from sharding import Comm, Divergence, Mesh, distributed
 from sharding.distributed.gloo import GlooLink
@@ -74,15 +74,16 @@ def is_stuck(comm: Comm) -> None:
     comm.all_reduce(ones(), AXES)
 
 
-def parting(program: Callable[[Comm], None], hosts: Sequence[int], port: int) -> tuple[str, float]:
+def parting(
+    program: Callable[[Comm], None], hosts: Sequence[int], rank: int, store: dist.Store
+) -> tuple[str, float]:
     """Two steps, the second of which goes wrong: what this rank is told, and after how long.
 
     In a process group of its own, since messages stay under way.
     """
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    os.environ["MASTER_PORT"] = str(port)
-    dist.init_process_group("gloo")  # the others may still be in the case before
+    dist.destroy_process_group()
+    # the others may still be in the case before
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=MESH.size)
     begun = time.monotonic()
     try:
         with distributed(MESH, timeout=PATIENCE, device="cpu") as comm:
@@ -105,11 +106,13 @@ def parting(program: Callable[[Comm], None], hosts: Sequence[int], port: int) ->
     return "", time.monotonic() - begun
 
 
-def in_turn(
-    _: Comm, cases: Sequence[tuple[Any, Any]], ports: Sequence[int]
-) -> list[tuple[str, float]]:
+def in_turn(comm: Comm, cases: Sequence[tuple[Any, Any]]) -> list[tuple[str, float]]:
     """What this rank is told in each of the cases."""
-    return [parting(*case, port) for case, port in zip(cases, ports, strict=True)]
+    store = dist.distributed_c10d._get_default_store()
+    return [
+        parting(*case, comm.rank, dist.PrefixStore(f"case {i}", store))
+        for i, case in enumerate(cases)
+    ]
 
 
 # -- the table -----------------------------------------------------------------------------------
@@ -139,9 +142,9 @@ Told = dict[tuple[str, str], list[tuple[str, float]]]
 @pytest.fixture(scope="module")
 def told() -> Told:
     """What each rank is told in each of the cases."""
-    programs, ports = [(row[0], HOSTS[hosts]) for row, hosts in CASES], [free_port() for _ in CASES]
+    programs = [(row[0], HOSTS[hosts]) for row, hosts in CASES]
     with Farm(4) as farm:
-        found = farm.run(in_turn, MESH, [programs] * 4, [ports] * 4, timeout=120.0)
+        found = farm.run(in_turn, MESH, [programs] * 4, timeout=120.0)
     return {
         (row[0].__name__, hosts): [rank[i] for rank in found]
         for i, (row, hosts) in enumerate(CASES)
