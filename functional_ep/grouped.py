@@ -20,7 +20,7 @@ from torch import Tensor
 from sharding.closed import closed
 from sharding.node import Node
 
-ON_CUDA, ON_CPU = (torch.bfloat16,), (torch.bfloat16, torch.float32)
+from .few_shapes import is_compiled, mm_in_few_shapes, outer_in_few_shapes
 
 
 def grouped_mm(x: Tensor, w: Tensor, counts: Sequence[int]) -> Tensor:
@@ -90,8 +90,8 @@ def _known(counts: Sequence[int]) -> Counts:
 
 def _has_kernel(a: Tensor, b: Tensor) -> bool:
     """Whether torch's grouped kernel takes these; on CPU it is a loop as well, in less Python."""
-    dtypes = ON_CUDA if a.is_cuda else ON_CPU
-    return a.dtype in dtypes and _is_aligned(a) and _is_aligned(b)
+    dtype = torch.bfloat16 if a.is_cuda else torch.float32
+    return a.dtype == dtype and _is_aligned(a) and _is_aligned(b)
 
 
 def _is_aligned(x: Tensor) -> bool:
@@ -107,6 +107,8 @@ class _GroupedMm(Node):
     @staticmethod
     def forward(x: Tensor, w: Tensor, counts: Counts) -> Tensor:
         x = x.contiguous()
+        if is_compiled(x):
+            return mm_in_few_shapes(x, w, counts)
         if _has_kernel(x, w):
             return torch.nn.functional.grouped_mm(x, w.mT, offs=counts.ends(x.device))
         y = x.new_empty(x.shape[0], w.shape[1])
@@ -157,6 +159,8 @@ class _GroupedOuter(Node):
     @staticmethod
     def forward(g: Tensor, x: Tensor, counts: Counts) -> Tensor:
         g, x = g.contiguous(), x.contiguous()
+        if is_compiled(x):
+            return outer_in_few_shapes(g, x, counts)
         if _has_kernel(g, x):
             return torch.nn.functional.grouped_mm(g.t(), x, offs=counts.ends(x.device))
         o = x.new_empty(len(counts), g.shape[1], x.shape[1])

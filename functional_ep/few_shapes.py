@@ -1,0 +1,74 @@
+"""Grouped products of two-byte floats on CPU, in few shapes.
+
+oneDNN compiles a kernel for every shape of such a product, in ten times the time of the product,
+and keeps it in half a megabyte. Experts get another number of rows at every call: each product is
+of that number rounded up, so that shapes return and kernels with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def is_compiled(x: Tensor) -> bool:
+    """Whether products with ``x`` run in a kernel that is compiled for their shape."""
+    return x.device.type == "cpu" and x.itemsize == 2
+
+
+def rounded(rows: int) -> int:
+    """The least ``2^k`` or ``3 2^k`` of sixteens that holds the rows.
+
+    >>> [rounded(rows) for rows in (1, 16, 17, 33, 64, 65, 97)]
+    [16, 16, 32, 48, 64, 96, 128]
+    """
+    step = 1 << max(rows - 1, 63).bit_length() - 2
+    return -(-rows // step) * step
+
+
+def mm_in_few_shapes(x: Tensor, w: Tensor, counts: Sequence[int]) -> Tensor:
+    """``y_e = x_e w_e^T`` for contiguous rows.
+
+    A product goes on into the rows of the next experts, whose own then come over what it left there.
+
+    >>> mm_in_few_shapes(torch.ones(3, 2), torch.tensor([[[1.0, 1.0]], [[2.0, 2.0]]]), [1, 2])
+    tensor([[2.],
+            [4.],
+            [4.]])
+    """
+    y = x.new_empty(len(x), w.shape[1])
+    start = 0
+    for rows, w_e in zip(counts, w.mT.unbind(), strict=True):
+        end, far = start + rows, start + rounded(rows)
+        if rows and far <= len(x):
+            torch.mm(x[start:far], w_e, out=y[start:far])
+        elif rows:
+            y[start:end] = torch.mm(_followed_by_zeros(x[start:end]), w_e)[:rows]
+        start = end
+    return y
+
+
+def outer_in_few_shapes(g: Tensor, x: Tensor, counts: Sequence[int]) -> Tensor:
+    """``o_e = g_e^T x_e`` for contiguous rows; those of zeros that follow them add nothing.
+
+    >>> outer_in_few_shapes(torch.ones(3, 1), torch.ones(3, 2), [1, 2])
+    tensor([[[1., 1.]],
+    <BLANKLINE>
+            [[2., 2.]]])
+    """
+    o = x.new_empty(len(counts), g.shape[1], x.shape[1])
+    gs, xs = g.split_with_sizes(list(counts)), x.split_with_sizes(list(counts))
+    for rows, g_e, x_e, o_e in zip(counts, gs, xs, o.unbind(), strict=True):
+        if rows:
+            torch.mm(_followed_by_zeros(g_e).t(), _followed_by_zeros(x_e), out=o_e)
+        else:
+            o_e.zero_()
+    return o
+
+
+def _followed_by_zeros(x: Tensor) -> Tensor:
+    """The rows, up to a number that others have as well."""
+    missing = rounded(len(x)) - len(x)
+    return torch.cat([x, x.new_zeros(missing, x.shape[1])]) if missing else x
