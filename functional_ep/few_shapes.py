@@ -1,8 +1,8 @@
 """Grouped products of two-byte floats on CPU, in few shapes.
 
 oneDNN compiles a kernel for every shape of such a product, in ten times the time of the product,
-and keeps it in half a megabyte. Experts get another number of rows at every call: each product is
-of that number rounded up, so that shapes return and kernels with them.
+and keeps the last thousand, a gigabyte. Experts get another number of rows at every call: what is
+multiplied is that number rounded up, so that shapes return and kernels with them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def rounded(rows: int) -> int:
 def mm_in_few_shapes(x: Tensor, w: Tensor, counts: Sequence[int]) -> Tensor:
     """``y_e = x_e w_e^T`` for contiguous rows.
 
-    A product goes on into the rows of the next experts, whose own then come over what it left there.
+    A product goes on into the rows of the next experts; their own are written over it.
 
     >>> mm_in_few_shapes(torch.ones(3, 2), torch.tensor([[[1.0, 1.0]], [[2.0, 2.0]]]), [1, 2])
     tensor([[2.],

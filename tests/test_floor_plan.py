@@ -116,7 +116,8 @@ functional_ep.checkpoint.dcp      <- agreement box checkpoint.boxed checkpoint.d
 functional_ep.checkpoint          <- checkpoint.check checkpoint.checkpoints checkpoint.folder
                                      checkpoint.restoring checkpoint.saving
 functional_ep.routing       <- sharding.closed
-functional_ep.grouped       <- sharding.closed sharding.node
+functional_ep.few_shapes    <-
+functional_ep.grouped       <- few_shapes sharding.closed sharding.node
 functional_ep.permute       <- grouped sharding.node
 functional_ep.swiglu        <- grouped sharding.closed sharding.node
 functional_ep.moe           <- grouped permute routing swiglu
