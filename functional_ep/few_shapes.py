@@ -19,12 +19,14 @@ def is_compiled(x: Tensor) -> bool:
 
 
 def rounded(rows: int) -> int:
-    """The least ``2^k`` or ``3 2^k`` of sixteens that holds the rows.
+    """The least of 32, 64, 96 and then ``2^k`` or ``3 2^k`` that holds the rows.
 
-    >>> [rounded(rows) for rows in (1, 16, 17, 33, 64, 65, 97)]
-    [16, 16, 32, 48, 64, 96, 128]
+    Others than multiples of 32, which a tile of the processor holds, are not any faster.
+
+    >>> [rounded(rows) for rows in (1, 32, 33, 65, 97, 129, 193)]
+    [32, 32, 64, 96, 128, 192, 256]
     """
-    step = 1 << max(rows - 1, 63).bit_length() - 2
+    step = 1 << max(rows - 1, 127).bit_length() - 2
     return -(-rows // step) * step
 
 

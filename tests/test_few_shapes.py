@@ -81,8 +81,8 @@ def test_other_experts_leave_no_trace(counts: Counts, data: st.DataObject) -> No
 @given(st.integers(1, 5000))
 def test_at_most_half_is_computed_in_vain(rows: int) -> None:
     size = rounded(rows)
-    assert rows <= size and (size == 16 or size <= 1.5 * rows + 8)
-    assert rounded(size) == size and size % 16 == 0
+    assert rows <= size < rows + max(32, rows / 2)
+    assert rounded(size) == size and size % 32 == 0
 
 
 class Shapes(TorchDispatchMode):
@@ -109,6 +109,6 @@ def shapes_of(dtype: torch.dtype) -> int:
 
 
 def test_few_shapes_are_compiled() -> None:
-    sizes = {16, 32, 48, 64, 96, 128, 192, 256}
+    sizes = {32, 64, 96, 128, 192, 256}
     assert shapes_of(torch.bfloat16) == 2 * len(sizes)
     assert shapes_of(torch.float32) == 2 * 256  # as they come: nothing is compiled for them
