@@ -5,7 +5,7 @@
 
 Each is bilinear and the other is its transpose, so the two are closed under every derivative; lanes
 of a vmap become more rows, more columns or more experts of one product. Each result is one tensor,
-written once: an expert without rows costs nothing but its zero gradient.
+written in place: an expert without rows costs nothing but its zero gradient.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from sharding.closed import closed
 from sharding.node import Node
 
-from .few_shapes import is_compiled, mm_in_few_shapes, outer_in_few_shapes
+from .few_shapes import mm_by_expert, outer_by_expert
 
 
 def grouped_mm(x: Tensor, w: Tensor, counts: Sequence[int]) -> Tensor:
@@ -89,7 +89,7 @@ def _known(counts: Sequence[int]) -> Counts:
 
 
 def _has_kernel(a: Tensor, b: Tensor) -> bool:
-    """Whether torch's grouped kernel takes these; on CPU it is a loop as well, in less Python."""
+    """Whether torch's grouped kernel is the better way; on CPU it is a loop too, in less Python."""
     dtype = torch.bfloat16 if a.is_cuda else torch.float32
     return a.dtype == dtype and _is_aligned(a) and _is_aligned(b)
 
@@ -107,16 +107,9 @@ class _GroupedMm(Node):
     @staticmethod
     def forward(x: Tensor, w: Tensor, counts: Counts) -> Tensor:
         x = x.contiguous()
-        if is_compiled(x):
-            return mm_in_few_shapes(x, w, counts)
         if _has_kernel(x, w):
             return torch.nn.functional.grouped_mm(x, w.mT, offs=counts.ends(x.device))
-        y = x.new_empty(x.shape[0], w.shape[1])
-        xs, ys = x.split_with_sizes(counts), y.split_with_sizes(counts)
-        for rows, x_e, w_e, y_e in zip(counts, xs, w.mT.unbind(), ys, strict=True):
-            if rows:
-                torch.mm(x_e, w_e, out=y_e)
-        return y
+        return mm_by_expert(x, w, counts)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -159,18 +152,9 @@ class _GroupedOuter(Node):
     @staticmethod
     def forward(g: Tensor, x: Tensor, counts: Counts) -> Tensor:
         g, x = g.contiguous(), x.contiguous()
-        if is_compiled(x):
-            return outer_in_few_shapes(g, x, counts)
         if _has_kernel(g, x):
             return torch.nn.functional.grouped_mm(g.t(), x, offs=counts.ends(x.device))
-        o = x.new_empty(len(counts), g.shape[1], x.shape[1])
-        gs, xs = g.split_with_sizes(counts), x.split_with_sizes(counts)
-        for rows, g_e, x_e, o_e in zip(counts, gs, xs, o.unbind(), strict=True):
-            if rows:
-                torch.mm(g_e.t(), x_e, out=o_e)
-            else:
-                o_e.zero_()
-        return o
+        return outer_by_expert(g, x, counts)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
