@@ -1,23 +1,24 @@
-"""A step's memory, foreseen by rehearsing it, beside what runs of ``side_by_side.py`` took.
+"""A step's memory, foreseen by rehearsing it, beside what a few steps take on real ranks.
 
-    python examples/benchmarks/side_by_side.py --systems functional-ep --malloc returned
     python examples/benchmarks/plan_memory.py
 
-Measured is the state, and by how much the largest rank's resident memory grew beyond its set-up.
-That holds memory which the transport shares and kernels use inside as well; with malloc as it is,
-also what it keeps of freed memory, which has been as much as a third.
+Measured is the state, and by how much the largest rank's memory grew in training beyond its set-up,
+with malloc told to return what is freed. That holds memory which the transport shares and kernels
+use inside as well; left out are pages of the libraries' files, which the first step reads.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from peers.launch import MALLOC
-from peers.model import BETAS, CLIP, DECAY, EPS, RATE, batch_of, config_of
-from peers.results import Group, Run, groups, read
+from peers.launch import launch
+from peers.model import BETAS, CLIP, DECAY, EPS, RATE, batch_of, config_of, write_weights
+from peers.rank import Request
 from peers.shapes import SHAPES, Job
 from peers.systems.ours import RULES
 from peers.trainer import dtype_of
@@ -28,6 +29,7 @@ from sharding import Comm, Mesh, Plan, make_plan
 from sharding.sharded import Backward
 
 MODES: tuple[Backward, ...] = ("keep", "regather", "recompute")
+STEPS = 4
 
 
 def main() -> None:
@@ -36,22 +38,20 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--malloc", choices=list(MALLOC), default="returned")
-    parser.add_argument("--results", type=Path, default=Path("runs/side_by_side.jsonl"))
     args = parser.parse_args()
-    runs = read(args.results)
     for name in args.shapes.split(","):
         sequences = 2 if args.length <= 256 else 1
         job = Job(SHAPES[name], args.dtype, args.length, sequences, args.ranks)
-        group = Group(name, args.dtype, args.length, args.malloc)
-        for backward in MODES:
-            found = foreseen(job, backward)
-            print(f"{name} {args.dtype} {args.length} {backward:9} {found}", end="")
-            grown = measured(runs, group, f"functional-ep, {backward}")
-            if grown is not None:
-                took = found.params + found.moments + grown
-                print(f"; measured {took / 2**20:.1f} MiB: {found.peak / took:.2f}", end="")
-            print(flush=True)
+        with tempfile.TemporaryDirectory(prefix="weights-") as weights:
+            write_weights(job, Path(weights))
+            for backward in MODES:
+                found = foreseen(job, backward)
+                took = found.params + found.moments + grown(job, backward, weights)
+                print(
+                    f"{name} {args.dtype} {args.length} {backward:9} {found}; "
+                    f"measured {took / 2**20:.1f} MiB: {found.peak / took:.2f}",
+                    flush=True,
+                )
 
 
 def foreseen(job: Job, backward: Backward) -> StepMemory:
@@ -69,11 +69,11 @@ def foreseen(job: Job, backward: Backward) -> StepMemory:
     return step_memory(loss, plan, adamw(RATE, *BETAS, EPS, DECAY), batch, clip=CLIP)
 
 
-def measured(runs: list[Run], wanted: Group, system: str) -> int | None:
-    """By how much a rank's memory has grown in training, at most; none, if it was not run."""
-    good = [run for run in groups(runs).get(wanted, {}).get(system, []) if not run.error]
-    grown = [p - r for run in good for p, r in zip(run.peak, run.ready, strict=True)]
-    return max(grown, default=None)
+def grown(job: Job, backward: Backward, weights: str) -> int:
+    """By how much a rank's memory grows in training, at most."""
+    request = Request(f"functional-ep, {backward}", job.to_json(), weights, STEPS)
+    replies = launch(request, Path(sys.executable), job.ranks, "returned", 600)
+    return max(reply.peak - reply.loaded - reply.ready for reply in replies)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,11 @@ class Request(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """What it has measured, of itself; bytes, and seconds of each step."""
+    """What it has measured, of itself; bytes, and seconds of each step.
+
+    ``loaded`` is by how much pages of files have grown in training: code that it is the first to
+    run, and nothing that a step has allocated.
+    """
 
     losses: list[float]
     cpu: list[float]
@@ -36,6 +40,7 @@ class Reply(NamedTuple):
     imported: int
     ready: int
     peak: int
+    loaded: int
     sent: int
     parameters: int
     versions: dict[str, str]
@@ -50,13 +55,13 @@ def run(request: Request, answer: Path) -> None:
     job = Job.from_json(dict(request.job))
     with start(job, Path(request.weights), **system.options) as trainer:
         restart_peak()
-        ready, clock = resident(), Clock()
+        ready, files, clock = resident(), resident("RssFile"), Clock()
         losses: list[float] = []
         times: list[tuple[float, float]] = []
         for i in range(request.steps):
             losses.append(trainer.step(i))
             times.append(clock.look())
-        peak = resident("VmHWM")
+        peak, loaded = resident("VmHWM"), resident("RssFile") - files
         with trainer.traffic() as traffic:
             trainer.step(request.steps)
         cpu, wall = map(list, zip(*times, strict=True))
@@ -67,6 +72,7 @@ def run(request: Request, answer: Path) -> None:
             imported,
             ready,
             peak,
+            loaded,
             traffic.sent,
             trainer.parameters,
             _versions(),

@@ -28,4 +28,5 @@ SYSTEMS: Mapping[str, System] = {
     "DeepSpeed AutoEP + ZeRO-2": System("zero", {"stage": 2, "ep": 2}, "deepspeed"),
     "functional-ep, keep": System("ours", {"backward": "keep"}),
     "functional-ep, regather": System("ours", {"backward": "regather"}),
+    "functional-ep, recompute": System("ours", {"backward": "recompute"}),
 }
