@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,10 @@ from torch import Tensor
 from sharding import Comm, Plan
 from sharding.collectives import Collective, apply
 from sharding.comm import Op
+from sharding.node import accept
 from sharding.tree import flatten
+
+from .factored import FACTORS, Factored
 
 RESERVED = ("loss", "count", "grad_norm", "lr", "committed", "veto")
 
@@ -20,14 +23,23 @@ Aux = dict[str, Tensor]
 Sums = tuple[list[Tensor], Tensor, Tensor, Aux]
 
 
-def accumulate(loss: Loss, plan: Plan, shards: list[Tensor], batches: Sequence[Any]) -> Sums:
+def accumulate(
+    loss: Loss,
+    plan: Plan,
+    shards: list[Tensor],
+    batches: Sequence[Any],
+    factored: Collection[int] = (),
+) -> Sums:
     """``(gradient, sum, count, aux)`` added over microbatches; gradients of leaves not frozen.
 
     The gradients belong to the caller: none shares memory with a parameter, a batch or another.
+    Those of the ``factored`` leaves of the plan may be :class:`Factored`, for a single batch.
     """
-    grads, total, count, aux = _sums(loss, plan, shards, batches[0])
+    if len(batches) > 1:
+        factored = ()  # sums are not products
+    grads, total, count, aux = _sums(loss, plan, shards, batches[0], factored)
     for batch in batches[1:]:
-        more, more_total, more_count, more_aux = _sums(loss, plan, shards, batch)
+        more, more_total, more_count, more_aux = _sums(loss, plan, shards, batch, factored)
         grads = [g + h for g, h in zip(grads, more, strict=True)]
         total, count = total + more_total, count + more_count
         if sorted(aux) != sorted(more_aux):
@@ -48,7 +60,9 @@ def sum_over_ranks(xs: Sequence[Tensor], comm: Comm) -> list[Tensor]:
     return list(apply(Collective(Op("all_reduce", comm.mesh.axes)), xs, comm))
 
 
-def _sums(loss: Loss, plan: Plan, shards: list[Tensor], batch: Any) -> Sums:
+def _sums(
+    loss: Loss, plan: Plan, shards: list[Tensor], batch: Any, factored: Collection[int]
+) -> Sums:
     """By plain autograd where no transform is active: it costs less Python, and the same bits."""
 
     trained = [i for i, w in enumerate(plan.layouts) if not w.frozen]
@@ -67,6 +81,7 @@ def _sums(loss: Loss, plan: Plan, shards: list[Tensor], batch: Any) -> Sums:
         return list(pull(torch.ones_like(total))), total, count, aux
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in wanted]
+        edges = [accept(x, FACTORS) for i, x in zip(trained, leaves, strict=True) if i in factored]
         total, (count, aux) = total_and_rest(*leaves)
     if not total.requires_grad:
         raise ValueError(
@@ -74,6 +89,7 @@ def _sums(loss: Loss, plan: Plan, shards: list[Tensor], batch: Any) -> Sums:
             "sharded(f, plan, comm)(shards, ...), and compute on the view"
         )
     grads = list(torch.autograd.grad(total, leaves, materialize_grads=True))
+    del edges
     return grads, total.detach(), count, {name: x.detach() for name, x in aux.items()}
 
 
@@ -117,6 +133,9 @@ def _own(grads: list[Tensor], inputs: Sequence[Any]) -> list[Tensor]:
     seen: set[int] = set()
     own: list[Tensor] = []
     for g in grads:
+        if isinstance(g, Factored):
+            own.append(g)
+            continue
         shared = g.untyped_storage().data_ptr() in taken or g.data_ptr() in seen
         own.append(g.clone() if shared and g.numel() else g.contiguous())
         seen.add(own[-1].data_ptr())

@@ -20,6 +20,7 @@ from torch import Tensor
 from sharding.closed import closed
 from sharding.node import Node
 
+from .factored import Factored, goes_in_factors
 from .few_shapes import mm_by_expert, outer_by_expert
 
 
@@ -58,6 +59,16 @@ def grouped_outer(g: Tensor, x: Tensor, counts: Sequence[int]) -> Tensor:
             f"grouped_outer: counts {tuple(counts)} for {g.shape[0]} and {x.shape[0]} rows"
         )
     return _GroupedOuter.apply(g, x, _known(counts))
+
+
+def weight_gradient(ctx: Any, g: Tensor, x: Tensor) -> Tensor:
+    """``grouped_outer(g, x)``, in a backward pass of a node whose second input has the weights.
+
+    In factors, if whoever asked for the gradient is better served by them.
+    """
+    if goes_in_factors(ctx.next_functions[1][0], g, x, ctx.counts):
+        return Factored.of(g, x, ctx.counts)
+    return _GroupedOuter.apply(g, x, ctx.counts)
 
 
 class Counts(tuple[int, ...]):
@@ -122,7 +133,7 @@ class _GroupedMm(Node):
         (g,), (x, w) = grads, ctx.saved_tensors
         to_x, to_w, _ = ctx.needs_input_grad
         dx = _GroupedMm.apply(g, w.mT, ctx.counts) if to_x else None
-        return dx, _GroupedOuter.apply(g, x, ctx.counts) if to_w else None, None
+        return dx, weight_gradient(ctx, g, x) if to_w else None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from sharding import Comm
 
 from .differentiate import sum_over_ranks
+from .factored import Factored
 
 PIECE = 1 << 18  # entries whose squares are summed in the gradient's own dtype
 
@@ -29,15 +30,17 @@ def global_norm(grads: Sequence[Tensor], counts_once: Sequence[bool], comm: Comm
 def local_squares(grads: Sequence[Tensor], counts_once: Sequence[bool]) -> Tensor:
     """This rank's summand of the square of the norm."""
     squares = [
-        torch.dot(piece, piece).double()
-        for g, counts in zip(grads, counts_once, strict=True)
-        if counts
-        for piece in _pieces(g)
+        part for g, counts in zip(grads, counts_once, strict=True) if counts for part in _squares(g)
     ]
     device = grads[0].device if grads else None
     return torch.stack(squares).sum() if squares else torch.zeros((), device=device).double()
 
 
-def _pieces(g: Tensor) -> Sequence[Tensor]:
-    """A CPU sums one addend after another: in float32, of 10^7 at once, half of the digits go."""
-    return (g,) if g.is_cuda else g.split(PIECE)
+def _squares(g: Tensor) -> list[Tensor]:
+    """Parts of the sum of a gradient's squares.
+
+    A CPU sums one addend after another: in float32, of 10^7 at once, half of the digits go.
+    """
+    if isinstance(g, Factored):
+        return [g.squares()]
+    return [torch.dot(x, x).double() for x in ((g,) if g.is_cuda else g.split(PIECE))]

@@ -6,7 +6,7 @@ stale. ``update`` works on lists of shards; it is elementwise, so it commutes wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple, Protocol
 
 import torch
@@ -14,12 +14,11 @@ from torch import Tensor
 
 from sharding import Plan
 
+from .fused import fused_adamw
 from .schedules import Schedule, at
 
 Moments = dict[str, dict[str, Tensor]]
 Leaves = list[Tensor]
-
-VECTOR = 16  # entries; a multiple of every CPU's vector register, float32 and wider
 
 
 class Update(Protocol):
@@ -45,7 +44,8 @@ class Optimizer(NamedTuple):
 
     ``init`` maps ``{path: shard}`` to ``{moment: {path: tensor}}``. ``update`` is an
     :class:`Update`. It returns new tensors; with ``donate`` it writes into the given ones, to the
-    same bits. ``rate`` is the learning rate's schedule.
+    same bits. ``rate`` is the learning rate's schedule. ``factored`` says that gradients of experts
+    may come as :class:`Factored`.
 
     >>> params, gradients = [torch.ones(2)], [torch.ones(2)]
     >>> sgd(0.1).update(torch.tensor(0), params, gradients, {}, False)[0]
@@ -55,6 +55,7 @@ class Optimizer(NamedTuple):
     init: Callable[[dict[str, Tensor]], Moments]
     update: Update
     rate: Schedule
+    factored: bool = False
 
 
 def by_label(optimizers: Optimizer | Mapping[str, Optimizer], plan: Plan) -> dict[str, Optimizer]:
@@ -160,28 +161,10 @@ def adamw(
         own = list if donate else _copies
         p, m, v = own(params), own(moments["m"]), own(moments["v"])
         hyper = dict(lr=float(rate), beta1=b1, beta2=b2, weight_decay=float(decay), eps=eps)
-        for columns in _whole_vectors(p, grads, m, v):
-            _fused_adamw(columns, step, hyper, factor)
+        fused_adamw(step, (p, grads, m, v), hyper, factor)
         return p, {"m": m, "v": v}
 
-    return Optimizer(init, update, lambda step: at(lr, step))
-
-
-def _fused_adamw(
-    columns: tuple[Leaves, ...], step: Tensor, hyper: dict[str, float], factor: Tensor | None
-) -> None:
-    """In place. The kernel divides by its scale on the way, a float32: for narrow leaves only."""
-    device = columns[0][0].device
-    steps = [(step + 1).to(device, torch.float32)] * len(columns[0])
-    scale = None
-    if factor is not None and all(g.dtype.itemsize <= 4 for g in columns[1]):
-        scale = (1 / factor).to(device, torch.float32)
-    elif factor is not None:
-        torch._foreach_mul_(columns[1], factor.to(device))
-    # Its stub knows neither unpacked lists nor unpacked keywords.
-    torch._fused_adamw_(  # pyright: ignore[reportCallIssue]
-        *columns, [], steps, **hyper, amsgrad=False, maximize=False, grad_scale=scale
-    )
+    return Optimizer(init, update, lambda step: at(lr, step), factored=True)
 
 
 Hyper = tuple[Tensor, Tensor, float, float, float]
@@ -204,34 +187,6 @@ def _adamw_formula(
         decayed = p * (1 - rate * decay).to(p.dtype)
         ps.append(decayed - (rate / correct1).to(p.dtype) * ms[-1] / root)
     return ps, {"m": ms, "v": vs}
-
-
-def _whole_vectors(*columns: Leaves) -> Iterator[tuple[Leaves, ...]]:
-    """The same lists in pieces whose sizes are multiples of a vector register's.
-
-    The fused CPU kernel rounds the last, partial vector of a tensor otherwise than full ones, so an
-    entry's bits would depend on where the shard it lives in ends.
-    """
-    whole: tuple[Leaves, ...] = tuple([] for _ in columns)
-    rest: tuple[Leaves, ...] = tuple([] for _ in columns)
-    for leaves in zip(*columns, strict=True):
-        size = leaves[0].numel()
-        cut = size if leaves[0].is_cuda else size - size % VECTOR
-        for column, tail, x in zip(whole, rest, leaves, strict=True):
-            column.append(x[:cut])
-            tail.append(x[cut:])
-    if whole[0]:
-        yield whole
-    ends = [i for i, x in enumerate(rest[0]) if x.numel()]
-    if ends:
-        filled = tuple(
-            [torch.nn.functional.pad(tail[i], (0, VECTOR - tail[i].numel())) for i in ends]
-            for tail in rest
-        )
-        yield filled
-        for tail, column in zip(rest, filled, strict=True):
-            for i, x in zip(ends, column, strict=True):
-                tail[i].copy_(x[: tail[i].numel()])
 
 
 def _scaled(grads: Leaves, factor: Tensor | None) -> Iterable[Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from sharding.closed import closed, pull_back
 from sharding.node import Node
 
-from .grouped import Counts, add, fitting, grouped_mm, grouped_outer
+from .grouped import Counts, add, fitting, grouped_mm, weight_gradient
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class _SwiGLUMm(Node):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         (g,), (gate_up, w) = grads, ctx.saved_tensors
         y, pulled = _Pull.apply(gate_up, grouped_mm(g, w.mT, ctx.counts))
-        return pulled, grouped_outer(g, y, ctx.counts) if ctx.needs_input_grad[1] else None, None
+        return pulled, weight_gradient(ctx, g, y) if ctx.needs_input_grad[1] else None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:

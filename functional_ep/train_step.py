@@ -101,7 +101,7 @@ def make_train_step(
         with comm.heard_by(order) if order else nullcontext():
             check_agreement(structure_of(batches), "batch", comm)
             shards = plan.check_shards(state.params, comm)
-            grads, mine, count, aux = accumulate(loss, plan, shards, batches)  # of trained leaves
+            grads, mine, count, aux = accumulate(loss, plan, shards, batches, update.factored)
             total, count, *sums = sum_over_ranks([mine, count, *aux.values()], comm)
         per_token = 1 / count.clamp(min=1).double()
         if poll and order:
@@ -141,6 +141,13 @@ class _Update:
         labels = [leaf.label for leaf in plan.leaves]
         self.positions = {
             label: [i for i in self.trained if labels[i] == label] for label in plan.trained
+        }
+        self.factored = {
+            i
+            for label, positions in self.positions.items()
+            if self.optimizers[label].factored
+            for i in positions
+            if plan.layouts[i].is_local
         }
         self.moments = {label: sorted(tx.init({})) for label, tx in self.optimizers.items()}
 

@@ -12,7 +12,7 @@ import torch
 import torch._C._functorch as _functorch
 from torch import Tensor
 
-from .node import Node
+from .node import Node, accept, accepted
 from .streams import stand, standing
 
 Flat = Callable[..., tuple[Tensor, ...]]
@@ -52,11 +52,17 @@ def closed(f: Flat, lanes: Lanes = "vmap") -> Flat:
     return call
 
 
-def pull_back(f: Flat, xs: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def pull_back(
+    f: Flat,
+    xs: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    accepts: Sequence[frozenset[str]] = (),
+) -> tuple[Tensor, ...]:
     """``vjp(f, *xs)[1](*grads)``: the cotangents of the floating-point inputs.
 
     Plain autograd where no transform is active and nothing is differentiated again (it costs less
-    Python per operation), torch.func otherwise; the bits are the same.
+    Python per operation), torch.func otherwise; the bits are the same. ``accepts`` are the kinds of
+    tensor that each cotangent may be (:func:`sharding.node.accept`).
     """
     wanted = _floating(xs)
 
@@ -71,10 +77,13 @@ def pull_back(f: Flat, xs: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[T
         return torch.func.vjp(of_wanted, *(xs[i] for i in wanted))[1](tuple(grads))
     with torch.enable_grad():
         leaves = [xs[i].detach().requires_grad_() for i in wanted]
+        edges = [accept(leaves[wanted.index(i)], kinds) for i, kinds in enumerate(accepts) if kinds]
         ys = of_wanted(*leaves)
     live = [(y, g) for y, g in zip(ys, grads, strict=True) if y.requires_grad]
     outs, cotangents = [y for y, _ in live], [g for _, g in live]
-    return torch.autograd.grad(outs, leaves, cotangents, materialize_grads=True)
+    found = torch.autograd.grad(outs, leaves, cotangents, materialize_grads=True)
+    del edges
+    return found
 
 
 class _Replayed:
@@ -129,7 +138,7 @@ class _Closed(Node):
             again = closed(lambda *args: pull_back(f, args[:n], args[n:]), ctx.lanes)
             found = again(*xs, *live)
         else:
-            found = pull_back(f, xs, live)
+            found = pull_back(f, xs, live, [accepted(node) for node, _ in ctx.next_functions])
         result: list[Tensor | None] = [None] * n
         for i, g in zip(_floating(xs), found, strict=True):
             result[i] = g

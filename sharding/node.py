@@ -9,7 +9,9 @@ import torch
 import torch._C._functorch as _functorch
 from torch._functorch.autograd_function import custom_function_call
 from torch.autograd import forward_ad
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+ACCEPTS = "accepts"  # in the metadata of an autograd node
 Unpack: TypeAlias = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor | None]]
 
 
@@ -50,3 +52,27 @@ def _have_tangents(args: tuple[Any, ...]) -> bool:
     if level < 0:
         return False
     return any(unpack(x, level)[1] is not None for x in args if isinstance(x, torch.Tensor))
+
+
+def accept(leaf: torch.Tensor, kinds: frozenset[str]) -> GradientEdge:
+    """While the result is held, the gradient of this leaf may be of these kinds of tensor.
+
+    Whoever computes it asks :func:`accepted`; what it says holds inside of closed functions too.
+    """
+    edge = get_gradient_edge(leaf)
+    metadata: Any = edge.node.metadata  # a dict, and not the function that its stub says
+    metadata[ACCEPTS] = kinds
+    return edge
+
+
+def accepted(node: Any) -> frozenset[str]:
+    """The kinds of tensor that may go to a node in a backward pass, directly or through views.
+
+    >>> w = torch.ones(2, requires_grad=True)
+    >>> edge = accept(w, frozenset({"sparse"}))
+    >>> accepted(w.view(1, 2).grad_fn), accepted(w.exp().grad_fn)
+    (frozenset({'sparse'}), frozenset())
+    """
+    while node is not None and node.name() == "ViewBackward0":
+        ((node, _),) = node.next_functions
+    return frozenset() if node is None else node.metadata.get(ACCEPTS, frozenset())

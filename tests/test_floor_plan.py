@@ -72,11 +72,14 @@ sharding.testing            <- laws recording rule strategies
 
 functional_ep.labels        <- sharding sharding.tree
 functional_ep.schedules     <-
-functional_ep.optim         <- schedules sharding
+functional_ep.factored      <- sharding.node
+functional_ep.fused         <- factored
+functional_ep.optim         <- fused schedules sharding
 functional_ep.state         <- optim sharding
 functional_ep.agreement     <- sharding sharding.tree
-functional_ep.differentiate <- sharding sharding.collectives sharding.comm sharding.tree
-functional_ep.norm          <- differentiate sharding
+functional_ep.differentiate <- factored sharding sharding.collectives sharding.comm sharding.node
+                               sharding.tree
+functional_ep.norm          <- differentiate factored sharding
 functional_ep.bits          <-
 functional_ep.vote          <-
 functional_ep.poll          <- bits differentiate norm state vote
@@ -117,7 +120,7 @@ functional_ep.checkpoint          <- checkpoint.check checkpoint.checkpoints che
                                      checkpoint.restoring checkpoint.saving
 functional_ep.routing       <- sharding.closed
 functional_ep.few_shapes    <-
-functional_ep.grouped       <- few_shapes sharding.closed sharding.node
+functional_ep.grouped       <- factored few_shapes sharding.closed sharding.node
 functional_ep.permute       <- grouped sharding.node
 functional_ep.swiglu        <- grouped sharding.closed sharding.node
 functional_ep.moe           <- grouped permute routing swiglu
