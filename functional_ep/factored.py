@@ -26,7 +26,7 @@ CANCELLED = 1e-3  # of a sum's addends, when as little is left of them that roun
 MOVED = 20  # multiplications in the time that an entry takes to be written and read again
 FACTORS = frozenset({"factors"})  # what a leaf accepts, see sharding.node.accept
 RESHAPES = ("aten::view", "aten::_unsafe_view", "aten::_reshape_alias")
-Pieces = list[tuple[slice, Tensor]]
+Pieces = list[tuple[int, Tensor]]
 
 
 class Product(NamedTuple):
@@ -39,32 +39,34 @@ class Product(NamedTuple):
     @classmethod
     def of(cls, g: Tensor, x: Tensor) -> Product:
         rows, outs, ins = len(g), g.shape[1], x.shape[1]
-        many = rows * rows * (outs + ins) > MOVED * outs * ins
-        return cls(g, x, g.t() @ x if many else None)
+        few = cls(g, x, None)
+        return few.multiplied() if rows * rows * (outs + ins) > MOVED * outs * ins else few
+
+    def multiplied(self) -> Product:
+        """The same, with the product made."""
+        return self._replace(made=self.g.t() @ self.x)
 
     @property
     def is_pending(self) -> bool:
         """Whether there are rows, and their product has yet to be made."""
         return self.made is None and len(self.g) > 0
 
-    def write(self, out: Tensor, part: slice) -> None:
-        """Some rows of the product."""
+    def write(self, out: Tensor) -> None:
+        """All of the product."""
         if self.made is not None:
-            out.copy_(self.made[part])
+            out.copy_(self.made)
         elif len(self.g):
-            torch.mm(self.g[:, part].t(), self.x, out=out)
+            torch.mm(self.g.t(), self.x, out=out)
         else:
             out.zero_()
 
-    def squares(self) -> Tensor:
-        """``|g^T x|^2``, multiplied out if cancellation leaves the other way too few digits."""
-        if self.made is None:
-            products = (self.g @ self.g.t()).double().mul_(self.x @ self.x.t())
-            total = products.sum()
-            if not bool(total < CANCELLED * products.abs_().sum()):
-                return total
-        made = self.g.t() @ self.x if self.made is None else self.made
-        return torch.stack([x.dot(x).double() for x in made.view(-1).split(PIECE)]).sum()
+    def squares(self) -> tuple[Tensor, Tensor]:
+        """``|g^T x|^2``, and what it would be if none of its addends cancelled."""
+        if self.made is not None:
+            total = torch.stack([x.dot(x) for x in self.made.view(-1).split(PIECE)]).sum()
+            return total, total
+        of_g, of_x = (self.g @ self.g.t()).view(-1), (self.x @ self.x.t()).view(-1)
+        return of_g.dot(of_x), of_g.abs_().dot(of_x.abs_())
 
 
 class Factored(Tensor):
@@ -123,54 +125,68 @@ class Factored(Tensor):
         like, outs, ins = self._matrix
         whole = like.new_empty(len(self.products), outs, ins)
         for product, out in zip(self.products, whole.unbind(), strict=True):
-            product.write(out, slice(None))
+            product.write(out)
         return whole.view(self.shape)
 
+    def cuts(self) -> list[int]:
+        """How many entries each piece has: some rows of an expert's matrix, in their order."""
+        _, _, ins = self._matrix
+        return [rows * ins for rows in self._blocks] * len(self.products)
+
     def pieces(self) -> Iterator[Pieces]:
-        """Lists of ``(place, values)`` of flat entries, which have each entry once.
+        """Lists of ``(number, values)`` of pieces, which have each piece once.
 
         The values are the caller's to scale until it asks for the next list, which is written over
         them.
         """
         yield self._there()
-        like, outs, ins = self._matrix
-        block = min(outs, max(1, PIECE // ins))  # rows of one expert's matrix
+        (like, _, ins), blocks = self._matrix, self._blocks
         pending = [
-            (e, slice(start, min(start + block, outs)))
+            (e * len(blocks) + i, rows, product.x)
             for e, product in enumerate(self.products)
             if product.is_pending
-            for start in range(0, outs, block)
+            for i, rows in enumerate(product.g.split(blocks, 1))
         ]
-        buffers = like.new_empty(max(1, PIECE // (outs * ins)), block, ins).unbind()
-        for i in range(0, len(pending), len(buffers)):
+        buffers = like.new_empty(max(1, PIECE // (blocks[0] * ins)), blocks[0], ins).unbind()
+        for start in range(0, len(pending), len(buffers)):
             found: Pieces = []
-            for (e, part), buffer in zip(pending[i:], buffers, strict=False):
-                values = buffer[: part.stop - part.start]
-                self.products[e].write(values, part)
-                place = (e * outs + part.start) * ins
-                found.append((slice(place, place + values.numel()), values.view(-1)))
+            some = pending[start : start + len(buffers)]
+            for (number, g, x), buffer in zip(some, buffers, strict=False):
+                values = torch.mm(g.t(), x, out=buffer[: g.shape[1]])
+                found.append((number, values.view(-1)))
             yield found
 
     def squares(self) -> Tensor:
-        """The sum of the squares of all entries."""
-        found = [product.squares() for product in self.products if len(product.g)]
-        return torch.stack([torch.zeros((), dtype=torch.float64), *found]).sum()
+        """The sum of the squares of all entries; what cancels too far is multiplied out for it."""
+        some = [product for product in self.products if len(product.g)]
+        if not some:
+            return torch.zeros((), dtype=torch.float64)
+        totals, addends = map(torch.stack, zip(*(each.squares() for each in some), strict=True))
+        for i in (totals < CANCELLED * addends).nonzero().flatten().tolist():
+            totals[i], _ = some[i].multiplied().squares()
+        return totals.double().sum()
 
     def _there(self) -> Pieces:
         """What needs no product: those that are made, and zeros."""
-        like, outs, ins = self._matrix
-        size = outs * ins
-        zeros = like.new_zeros(min(size, PIECE))
+        (like, _, ins), blocks = self._matrix, self._blocks
+        zeros = like.new_zeros(blocks[0] * ins)
         found: Pieces = []
         for e, product in enumerate(self.products):
-            end = (e + 1) * size
             if product.made is not None:
-                found.append((slice(e * size, end), product.made.view(-1)))
+                parts = [rows.view(-1) for rows in product.made.split(blocks)]
             elif not product.is_pending:
-                for start in range(e * size, end, len(zeros)):
-                    stop = min(start + len(zeros), end)
-                    found.append((slice(start, stop), zeros[: stop - start]))
+                parts = [zeros[: rows * ins] for rows in blocks]
+            else:
+                continue
+            found += enumerate(parts, e * len(blocks))
         return found
+
+    @property
+    def _blocks(self) -> list[int]:
+        """How many rows of one expert's matrix each of its pieces has."""
+        _, outs, ins = self._matrix
+        block = min(outs, max(1, PIECE // ins))
+        return [block] * (outs // block) + [outs % block] * (outs % block > 0)
 
     @property
     def _matrix(self) -> tuple[Tensor, int, int]:

@@ -69,10 +69,12 @@ def _in_pieces(p: Leaves, grads: Leaves, m: Leaves, v: Leaves) -> Iterator[Colum
     if there:
         yield tuple(map(list, zip(*there, strict=True)))
     for p_i, g, m_i, v_i in rows:
-        for pieces in g.pieces() if isinstance(g, Factored) else ():
-            if pieces:
-                split = [(p_i[at], values, m_i[at], v_i[at]) for at, values in pieces]
-                yield tuple(map(list, zip(*split, strict=True)))
+        if isinstance(g, Factored):
+            cut = [x.split(g.cuts()) for x in (p_i, m_i, v_i)]
+            for pieces in g.pieces():
+                ps, ms, vs = ([parts[number] for number, _ in pieces] for parts in cut)
+                if pieces:
+                    yield ps, [values for _, values in pieces], ms, vs
 
 
 def _whole_vectors(*columns: Leaves) -> Iterator[Columns]:
@@ -81,6 +83,9 @@ def _whole_vectors(*columns: Leaves) -> Iterator[Columns]:
     The fused CPU kernel rounds the last, partial vector of a tensor otherwise than full ones, so an
     entry's bits would depend on where the shard it lives in ends.
     """
+    if all(x.is_cuda or not x.numel() % VECTOR for x in columns[0]):
+        yield columns
+        return
     whole: Columns = tuple([] for _ in columns)
     rest: Columns = tuple([] for _ in columns)
     for leaves in zip(*columns, strict=True):
