@@ -12,13 +12,14 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peers.launch import launch
 from peers.model import BETAS, CLIP, DECAY, EPS, RATE, batch_of, config_of, write_weights
-from peers.rank import Request
+from peers.rank import Reply, Request
 from peers.shapes import SHAPES, Job
 from peers.systems.ours import RULES
 from peers.trainer import dtype_of
@@ -72,7 +73,11 @@ def foreseen(job: Job, backward: Backward) -> StepMemory:
 def grown(job: Job, backward: Backward, weights: str) -> int:
     """By how much a rank's memory grows in training, at most."""
     request = Request(f"functional-ep, {backward}", job.to_json(), weights, STEPS)
-    replies = launch(request, Path(sys.executable), job.ranks, "returned", 600)
+    return growth(launch(request, Path(sys.executable), job.ranks, "returned", 600))
+
+
+def growth(replies: Sequence[Reply]) -> int:
+    """Of the largest rank; pages of libraries' files that the first step reads are not its own."""
     return max(reply.peak - reply.loaded - reply.ready for reply in replies)
 
 

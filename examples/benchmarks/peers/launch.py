@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -36,6 +37,7 @@ ALIKE = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "DS_ACCELERATOR": "cpu",
 }
+PORTS = range(20_000, 32_768)  # below those that a system gives to connections that ask for any
 GRACE = 5.0  # seconds that ranks have to end after one has failed
 
 
@@ -121,6 +123,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    for port in random.sample(PORTS, len(PORTS)):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise RuntimeError(f"none of the ports {PORTS} is free")

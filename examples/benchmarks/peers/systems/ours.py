@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,15 +35,20 @@ class Counting(Comm):
     def __exit__(self, *_: object) -> None: ...
 
     def _start(self, op: Op, xs: list[Tensor]) -> Work:
-        n, whole = len(self.fiber(op.axes)), sum(x.numel() * x.element_size() for x in xs)
-        leaving = sum(op.send) - op.send[self.index(op.axes)] if op.send else 0
-        self.sent += {
-            "all_gather": (n - 1) * whole,
-            "reduce_scatter": (n - 1) * whole // n,
-            "all_reduce": 2 * (n - 1) * whole // n,
-            "all_to_all": whole * leaving // max(sum(op.send), 1),
-        }[op.kind]
+        self.sent += leaving(self, op, xs)
         return self.comm.start(op, xs)
+
+
+def leaving(comm: Comm, op: Op, xs: Sequence[Tensor]) -> int:
+    """Bytes that a collective sends from this rank to others."""
+    n, whole = len(comm.fiber(op.axes)), sum(x.nbytes for x in xs)
+    rows = sum(op.send) - op.send[comm.index(op.axes)] if op.send else 0
+    return {
+        "all_gather": (n - 1) * whole,
+        "reduce_scatter": (n - 1) * whole // n,
+        "all_reduce": 2 * (n - 1) * whole // n,
+        "all_to_all": whole * rows // max(sum(op.send), 1),
+    }[op.kind]
 
 
 @contextmanager

@@ -1,0 +1,86 @@
+"""What the benchmarks of memory, scaling and prefetch take for granted of their own arithmetic."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+from peers.rank import Reply
+from plan_memory import growth
+from prefetch import Sent, Times, Wire, report
+from scaling import SYSTEMS, Point, jobs, plot
+
+from sharding import Comm, Mesh, simulate
+from sharding.comm import Op
+
+GIGABITS = 8e-6  # a byte in a millisecond
+
+
+def reply(ready: int, peak: int, loaded: int) -> Reply:
+    return Reply([1.0], [1.0], [1.0], 0, ready, peak, loaded, 0, 0, {})
+
+
+def test_memory_grows_by_what_the_largest_rank_has_taken_itself() -> None:
+    assert growth([reply(10, 100, 0), reply(10, 120, 30)]) == 90
+    assert growth([reply(10, 100, 0), reply(10, 120, 10)]) == 100
+
+
+def test_points_of_a_plot_differ_in_one_respect() -> None:
+    found = list(jobs("tiny"))
+    assert {job.tokens for varied, _, job in found if varied == "ranks"} == {1024}
+    assert all(job.shape.experts == value for varied, value, job in found if varied == "experts")
+    assert all(job.tokens == value for varied, value, job in found if varied == "tokens")
+    for varied, _, job in found:
+        assert (job.shape.hidden, job.ranks) == (32, job.ranks if varied == "ranks" else 2)
+
+
+def test_a_plot_has_a_panel_for_each_respect(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = [Point(v, n, s, n, n, n) for v in ("ranks", "tokens") for n in (1, 2) for s in SYSTEMS]
+    seen: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: seen.append(figure))
+    plot(points, Path("plot.png"))
+    (figure,) = seen
+    assert [axes.get_xlabel() for axes in figure.axes] == ["ranks", "tokens"]
+    for axes in figure.axes:
+        assert [line.get_label() for line in axes.lines] == list(SYSTEMS)
+        for line in axes.lines:
+            assert torch.as_tensor(line.get_xydata()).tolist() == [[1, 1], [2, 2]]
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_a_wire_carries_while_others_compute_only_if_it_has_begun(ahead: bool) -> None:
+    def program(comm: Comm) -> None:
+        x, start = torch.ones(5), time.perf_counter()
+        with comm.heard_by(Wire(comm, GIGABITS, ahead)):
+            first = comm.start(Op("all_gather", ("ep",)), [x])
+            second = comm.start(Op("all_gather", ("ep",)), [x])
+            time.sleep(0.06)
+            assert isinstance(first, Sent) and isinstance(second, Sent)
+            assert first.seconds == pytest.approx(20e-3)
+            if ahead:  # one after the other, and both while this rank slept
+                assert second.arrival is not None and first.arrival is not None
+                assert second.arrival == pytest.approx(first.arrival + 20e-3)
+                assert first.arrival - start >= 20e-3
+            assert torch.equal(first.wait()[0], torch.ones(10))
+            assert torch.equal(second.wait()[0], torch.ones(10))
+        if not ahead:
+            assert time.perf_counter() - start >= 100e-3
+
+    simulate(program, Mesh(ep=2))
+
+
+def test_what_is_hidden_is_the_share_of_the_gap_that_is_gone(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    times: Times = {
+        ("keep", True): [1.0],
+        ("regather", True): [1.1],
+        ("keep", False): [1.2],
+        ("regather", False): [1.6],
+    }
+    report(times)
+    said = capsys.readouterr().out
+    assert "gap 100" in said and "gap 400" in said and "hidden of the second gather: 75%" in said
