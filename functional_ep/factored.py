@@ -157,12 +157,17 @@ class Factored(Tensor):
             yield found
 
     def squares(self) -> Tensor:
-        """The sum of the squares of all entries; what cancels too far is multiplied out for it."""
+        """The sum of the squares of all entries.
+
+        Multiplied out for it is what cancels too far, and what is too large or small for its rows
+        to be squared.
+        """
         some = [product for product in self.products if len(product.g)]
         if not some:
             return torch.zeros((), dtype=torch.float64)
         totals, addends = map(torch.stack, zip(*(each.squares() for each in some), strict=True))
-        for i in (totals < CANCELLED * addends).nonzero().flatten().tolist():
+        good = (totals > CANCELLED * addends) & totals.isfinite()
+        for i in good.logical_not().nonzero().flatten().tolist():
             totals[i], _ = some[i].multiplied().squares()
         return totals.double().sum()
 

@@ -91,6 +91,12 @@ def test_a_norm_that_cancels_is_multiplied_out() -> None:
     assert float(found.squares()) == pytest.approx(1e-8, rel=1e-6)
 
 
+@pytest.mark.parametrize("large", [1e25, 1e-25])
+def test_factors_that_cannot_be_squared_have_a_norm(large: float) -> None:
+    found = Factored.of(torch.full((2, 3), large), torch.full((2, 4), 1 / large), [2])
+    assert float(found.squares()) == pytest.approx(3 * 4 * 2**2, rel=1e-5)
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_what_is_no_number_shows_in_the_norm(bad: float) -> None:
     g, x = torch.ones(2, 3), torch.ones(2, 3)
