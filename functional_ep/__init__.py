@@ -8,6 +8,7 @@ from sharding import Precision
 
 from . import lm
 from .checkpoint import Checkpoints, restore, restore_params, save
+from .compile import compiled, uncompiled
 from .huggingface import from_huggingface, to_huggingface
 from .labels import freeze, label_by_path, train_only
 from .optim import Optimizer, adamw, sgd
@@ -30,6 +31,7 @@ __all__ = [
     "Vote",
     "adamw",
     "bisect",
+    "compiled",
     "constant",
     "cosine",
     "freeze",
@@ -48,6 +50,7 @@ __all__ = [
     "sgd",
     "to_huggingface",
     "train_only",
+    "uncompiled",
     "vetoes_in_a_row",
     "why",
     "wsd",

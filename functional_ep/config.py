@@ -25,6 +25,7 @@ class Recipe:
     ``warmup`` is a share of the steps; ``clip = inf`` never clips; ``sample`` is the number of
     bytes to generate at the end. ``weights`` is a directory in hub layout, whose model is trained
     instead of ``model``; texts are the tokens of its tokenizer then, for ``seq`` and ``sample``.
+    ``compile`` fuses what lies between the experts: faster steps, after a slow first one.
     """
 
     model: lm.Config = field(default_factory=lm.Config)
@@ -41,6 +42,7 @@ class Recipe:
     sample: int = 256
     precision: Literal["fp32", "bf16"] = "fp32"
     weights: str = ""
+    compile: bool = False
 
     def __post_init__(self) -> None:
         least = dict(steps=1, batch=1, seq=1, seed=0, eval_every=1, eval_bytes=2, sample=0)

@@ -75,7 +75,7 @@ def _from_scratch(comm: Comm, recipe: Recipe, device: torch.device) -> Program:
     params: Any = lm.init(cfg, seed=recipe.seed)
     params = optree.tree_map(lambda leaf: leaf.to(device), params)
     plan = make_plan(params, lm.labels, RULES, comm.mesh, PRECISION[recipe.precision])
-    loss = lm.loss(cfg, plan, comm, backward="regather")
+    loss = lm.loss(cfg, plan, comm, backward="regather", compile=recipe.compile)
     tx = _optimizer(recipe)
     return Program(
         f"{cfg.layers} layers, {cfg.experts} experts, top-{cfg.top_k}",
@@ -96,7 +96,7 @@ def _from_weights(comm: Comm, recipe: Recipe) -> Program:
     model = from_huggingface(directory, dtype=torch.float32)
     plan = make_plan(model.shapes, model.labels, RULES, comm.mesh, PRECISION[recipe.precision])
     apply, embeddings = model.apply(plan, comm), cast(Any, model.skeleton.get_input_embeddings())
-    loss, tx = model.loss(plan, comm), _optimizer(recipe)
+    loss, tx = model.loss(plan, comm, compile=recipe.compile), _optimizer(recipe)
 
     def start() -> State:
         with _startable():

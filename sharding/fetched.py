@@ -139,6 +139,9 @@ class Fetched:
         return _like(self.witness, part)
 
 
+HOOKS = (Fetched._note, plain)  # which autograd calls while a block computes
+
+
 def _like(witness: Tensor, x: Tensor) -> Tensor:
     """x, as a constant if the transform under which the witness was made has ended.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -41,17 +41,18 @@ class Node(torch.autograd.Function):
             return custom_function_call(cls, *args)  # pyright: ignore[reportCallIssue]
         alive = _functorch.unwrap_if_dead
         args = tuple([alive(x) if isinstance(x, torch.Tensor) else x for x in args])
-        if not torch.is_grad_enabled() and not _have_tangents(args):
+        if not torch.is_grad_enabled() and not have_tangents(args):
             return cls.forward(*args)  # nothing is recorded: in most backward passes
         plain: Any = super(torch.autograd.Function, cls)
         return plain.apply(*args)
 
 
-def _have_tangents(args: tuple[Any, ...]) -> bool:
+def have_tangents(xs: Iterable[Any]) -> bool:
+    """Whether a tensor among them is a dual one, of forward mode outside of ``torch.func``."""
     level, unpack = forward_ad._current_level, cast("Unpack", torch._unpack_dual)
     if level < 0:
         return False
-    return any(unpack(x, level)[1] is not None for x in args if isinstance(x, torch.Tensor))
+    return any(unpack(x, level)[1] is not None for x in xs if isinstance(x, torch.Tensor))
 
 
 def accept(leaf: torch.Tensor, kinds: frozenset[str]) -> GradientEdge:

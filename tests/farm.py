@@ -149,6 +149,9 @@ def _serve(rank: int, size: int, port: int, join: float, pipe: Connection) -> No
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", "`torch.jit.script` is", DeprecationWarning)  # in torch's jvp
+    # In torch's compiler, which hides the second itself, but only from being shown.
+    warnings.filterwarnings("ignore", "`torch.jit.script_method` is", DeprecationWarning)
+    warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

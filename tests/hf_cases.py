@@ -89,7 +89,11 @@ def plan_of(model: Model, mesh: Mesh) -> Plan:
 
 
 def converted(
-    comm: Comm, model: PreTrainedModel, batch: Mapping[str, Tensor], backward: Backward = "regather"
+    comm: Comm,
+    model: PreTrainedModel,
+    batch: Mapping[str, Tensor],
+    backward: Backward = "regather",
+    compile: bool = False,
 ) -> Result:
     """The same from shards, on every rank; the logits are this rank's."""
     bare = from_huggingface(model)
@@ -97,20 +101,23 @@ def converted(
     mine = part_of(batch, comm.mesh, comm.rank)
     shards = bare.load(plan, comm)
     leaves = {name: x.requires_grad_() for name, x in shards.items()}
-    total, count, _ = bare.loss(plan, comm, backward, training=False)(leaves, mine)
+    loss = bare.loss(plan, comm, backward, training=False, compile=compile)
+    total, count, _ = loss(leaves, mine)
     grads = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
     total, count = sum_over_ranks([total.detach(), count], comm)
     whole = plan.full(dict(zip(leaves, grads, strict=True)), comm)
     inputs = {name: x for name, x in mine.items() if name != "labels"}
     with torch.no_grad():
-        logits = bare.apply(plan, comm)(shards, **inputs).logits
+        logits = bare.apply(plan, comm, compile=compile)(shards, **inputs).logits
     return Result(total / count, logits, {name: g / count for name, g in whole.items()})
 
 
-def converted_type(comm: Comm, model_type: str, backward: Backward = "regather") -> Result:
+def converted_type(
+    comm: Comm, model_type: str, backward: Backward = "regather", compile: bool = False
+) -> Result:
     """On a real rank, which builds the model itself."""
     model = build(model_type)
-    return converted(comm, model, batch_of(model), backward)
+    return converted(comm, model, batch_of(model), backward, compile)
 
 
 def differences(found: list[Result], expected: Result) -> Iterator[tuple[str, float]]:

@@ -9,6 +9,7 @@ import torch
 from farm import Farm
 from torch import Tensor
 
+from functional_ep.compile import compiled
 from sharding import Comm, Mesh, Plan, make_plan, sharded, simulate, zero3
 from sharding.buffers import SMALL, Buffers
 from sharding.comm import Op, Work
@@ -70,18 +71,23 @@ def references(storage: torch.UntypedStorage) -> int:
     return torch._C._storage_Use_Count(storage._cdata)
 
 
+def product(w: Tensor, x: Tensor) -> Tensor:
+    return torch.tanh(x @ w)
+
+
 def views_alive(
-    comm: Comm, width: int, mode: Backward, transform: bool
+    comm: Comm, width: int, mode: Backward, transform: bool, compile: bool = False
 ) -> tuple[int, int, int, int]:
     """The most views there were in the forward and in the backward pass, those there are after
     both, and how many buffers of their size the comm keeps, if it does."""
     buffers: dict[int, Any] = getattr(comm, "buffers", Buffers())._storages
     buffers.clear()
     plan, watching, x = plan_of(BLOCKS, width), Watching(comm), torch.ones(1, width)
+    compute = compiled(product) if compile else product
 
     def layer(view: Block, x: Tensor) -> Tensor:
         watching.look()
-        return torch.tanh(x @ view["w"])
+        return compute(view["w"], x)
 
     run = sharded([layer] * BLOCKS, plan, watching, mode)
     if transform:
@@ -110,6 +116,12 @@ EXPECTED = {"regather": (2, 2, 0), "recompute": (2, 2, 0), "keep": (BLOCKS, BLOC
 @pytest.mark.parametrize("mode", MODES)
 def test_no_more_than_two_blocks_are_whole_at_a_time(mode: Backward, transform: bool) -> None:
     arguments = [[a] * 2 for a in (4, mode, transform)]
+    assert simulate(views_alive, MESH, *arguments) == [(*EXPECTED[mode], 0)] * 2
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_nor_where_blocks_are_compiled(mode: Backward) -> None:
+    arguments = [[a] * 2 for a in (4, mode, False, True)]
     assert simulate(views_alive, MESH, *arguments) == [(*EXPECTED[mode], 0)] * 2
 
 

@@ -127,8 +127,10 @@ functional_ep.moe           <- grouped permute routing swiglu
                                sharding.closed sharding.collectives sharding.comm sharding.mesh
 functional_ep.attention     <-
 functional_ep.cross_entropy <- sharding.closed sharding.node
-functional_ep.lm            <- attention cross_entropy differentiate labels moe routing
-                               sharding sharding.mesh sharding.sharded
+functional_ep.compile       <- sharding.fetched sharding.node sharding.tree
+functional_ep.architecture  <- attention compile labels moe routing sharding sharding.mesh
+functional_ep.lm            <- architecture cross_entropy differentiate routing
+                               sharding sharding.sharded
 functional_ep.huggingface.moves   <- box
 functional_ep.huggingface.lazy    <- box huggingface.moves
 functional_ep.huggingface.source  <- huggingface.lazy huggingface.moves safetensors_file
@@ -155,8 +157,9 @@ functional_ep.huggingface.recording <-
 functional_ep.huggingface.skeleton <-
 functional_ep.huggingface.idle    <-
 functional_ep.huggingface.shift   <-
-functional_ep.huggingface.replica <- huggingface.adapters huggingface.experts huggingface.parts
-                                     huggingface.recording sharding sharding.mesh sharding.walk
+functional_ep.huggingface.replica <- compile huggingface.adapters huggingface.experts
+                                     huggingface.parts huggingface.recording
+                                     sharding sharding.mesh sharding.walk
 functional_ep.huggingface.objective <- cross_entropy differentiate routing huggingface.idle
                                      huggingface.replica huggingface.shift sharding
 functional_ep.huggingface.model   <- huggingface.adapted huggingface.detect
@@ -174,7 +177,7 @@ functional_ep.recordings.replay <- recordings.file recordings.record recordings.
                                sharding sharding.streams sharding.tape
 functional_ep.recordings.compare <- recordings.file recordings.trees
 functional_ep.recordings    <-
-functional_ep.__init__      <- checkpoint huggingface labels lm optim recordings.compare
+functional_ep.__init__      <- checkpoint compile huggingface labels lm optim recordings.compare
                                recordings.record recordings.replay schedules state train_step vote
                                sharding
 functional_ep.testing       <- lm optim schedules state train_step vote

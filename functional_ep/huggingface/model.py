@@ -102,7 +102,12 @@ class Model:
         return load(self.skeleton, source, plan, comm)
 
     def apply(
-        self, plan: Plan, comm: Comm, backward: Backward = "regather", training: bool = False
+        self,
+        plan: Plan,
+        comm: Comm,
+        backward: Backward = "regather",
+        training: bool = False,
+        compile: bool = False,
     ) -> Callable[..., Any]:
         """``f(shards, **inputs)``: the model's own output object, from this rank's shards.
 
@@ -112,9 +117,12 @@ class Model:
             backward: see :func:`sharding.sharded`; the units are the layers, and the modules that
                 lie outside of them.
             training: whether dropout drops.
+            compile: whether layers are compiled, all but their routed experts, see
+                :func:`functional_ep.compiled`; the same numbers, up to rounding.
         """
         self._check_plan(plan, comm)
-        return Replica(self.skeleton, self.buffers, self.routed, plan, comm, backward, training)
+        how = plan, comm, backward, training, compile
+        return Replica(self.skeleton, self.buffers, self.routed, *how)
 
     def loss(
         self,
@@ -123,6 +131,7 @@ class Model:
         backward: Backward = "regather",
         training: bool = True,
         router_loss: RouterLoss = "global",
+        compile: bool = False,
     ) -> Loss:
         """``loss(shards, batch) -> (sum, count, aux)``: cross-entropy and the model's router loss.
 
@@ -139,8 +148,9 @@ class Model:
             training: whether dropout drops.
             router_loss: ``"global"``: on statistics of all ranks, the same on every mesh.
                 ``"micro_batch"``: each rank's own, as transformers computes it.
+            compile: see :meth:`apply`.
         """
-        replica = self.apply(plan, comm, backward, training)
+        replica = self.apply(plan, comm, backward, training, compile)
         assert isinstance(replica, Replica)
         return Objective(replica, balance_of(replica.model), router_loss)
 

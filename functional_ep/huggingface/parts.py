@@ -28,6 +28,11 @@ class Part(NamedTuple):
         """The leaves that the part computes with, each once."""
         return tuple(dict.fromkeys(slot.leaf for slot in self.slots))
 
+    @property
+    def is_layer(self) -> bool:
+        """Whether several modules compute with them, one after the other."""
+        return len({id(slot.module) for slot in self.slots}) > 1
+
 
 def parts(model: nn.Module) -> list[Part]:
     """Every element of a list of layers; outside of them every module that contains no such list.

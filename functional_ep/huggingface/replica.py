@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from functional_ep.compile import compiled, uncompiled
 from functional_ep.huggingface.adapters import BLOCKS
 from functional_ep.huggingface.experts import Kind, Place
 from functional_ep.huggingface.parts import Part, parts
@@ -37,9 +38,10 @@ class Replica:
         comm: Comm,
         backward: Backward,
         training: bool,
+        compile: bool,
     ) -> None:
         self.model: Any = copy.deepcopy(skeleton).train(training)
-        self.plan, self.comm, self.backward = plan, comm, backward
+        self.plan, self.comm, self.backward, self.compile = plan, comm, backward, compile
         self.parts = parts(self.model)
         self.leaves = [part.leaves for part in self.parts]
         self.units = [
@@ -88,32 +90,42 @@ class Replica:
         """Whose parameters, by what name, are which view of the part."""
         forward = part.module.forward
 
+        def run(views: Sequence[Tensor], args: Any, kwargs: Any) -> Any:
+            return forward(*args, **kwargs)  # the module has the views; here they are only seen
+
+        compute = compiled(run) if self.compile and part.is_layer else run
+
         def visit(*args: Any, **kwargs: Any) -> Any:
-            return self._visit(i, forward, args, kwargs)
+            if i in self.bound or self.walk is None:
+                return forward(*args, **kwargs)
+            return self._visit(self.walk, i, compute, args, kwargs)
 
         part.module.forward = visit
+        read = self._uncompiled(lambda: self._read(i))
         return [
-            _Owner.of(module, part, self.leaves[i], lambda: self._read(i))
+            _Owner.of(module, part, self.leaves[i], read)
             for module in dict.fromkeys(slot.module for slot in part.slots)
         ]
 
-    def _visit(self, i: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if i in self.bound or self.walk is None:
-            return forward(*args, **kwargs)
+    def _uncompiled(self, f: Callable[..., Any]) -> Callable[..., Any]:
+        """What communicates is left alone where a layer that calls it is compiled."""
+        return uncompiled(f) if self.compile else f
+
+    def _visit(self, walk: Walk, i: int, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         self._refuse_inside(i)
         if self.backward != "recompute":
-            return self.walk.visit(i, self._bound_call(i, forward), args, kwargs)
+            return walk.visit(i, self._bound_call(i, run), args, kwargs)
         record = Record()
-        compute = record.returned(self._bound_call(i, forward))
-        return record.add(self.walk.visit(i, compute, args, kwargs))
+        compute = record.returned(self._bound_call(i, run))
+        return record.add(walk.visit(i, compute, args, kwargs))
 
-    def _bound_call(self, i: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def _bound_call(self, i: int, run: Callable[..., Any]) -> Callable[..., Any]:
         def compute(views: Sequence[Tensor], args: Any, kwargs: Any) -> Any:
             before = self.inside
             self.inside = self.backward == "recompute"
             self._bind(i, views)
             try:
-                return forward(*args, **kwargs)
+                return run(views, args, kwargs)
             finally:
                 self._unbind(i)
                 self.inside = before
@@ -175,7 +187,8 @@ class Replica:
             if self.walk is not None:  # and not when it is computed again in the backward pass
                 self.chosen[path] = ids.detach()
 
-        module.forward = kind.forward(module, Place(experts, axes, self.comm, chosen))
+        place = Place(experts, axes, self.comm, chosen)
+        module.forward = self._uncompiled(kind.forward(module, place))
         return experts
 
 

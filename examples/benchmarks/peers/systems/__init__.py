@@ -20,6 +20,7 @@ REFERENCE = "transformers, one process"
 
 SYSTEMS: Mapping[str, System] = {
     REFERENCE: System("single", processes=1, threads=2),
+    f"{REFERENCE}, compiled": System("single", {"compile": True}, processes=1, threads=2),
     "FSDP2": System("fsdp2"),
     "transformers EP + FSDP2": System("transformers_ep"),
     "torchtitan EP + FSDP2": System("titan", environment="torchtitan"),
@@ -29,4 +30,6 @@ SYSTEMS: Mapping[str, System] = {
     "functional-ep, keep": System("ours", {"backward": "keep"}),
     "functional-ep, regather": System("ours", {"backward": "regather"}),
     "functional-ep, recompute": System("ours", {"backward": "recompute"}),
+    "functional-ep, keep, compiled": System("ours", {"backward": "keep", "compile": True}),
+    "functional-ep, regather, compiled": System("ours", {"backward": "regather", "compile": True}),
 }

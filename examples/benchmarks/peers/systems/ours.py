@@ -52,7 +52,7 @@ def leaving(comm: Comm, op: Op, xs: Sequence[Tensor]) -> int:
 
 
 @contextmanager
-def start(job: Job, weights: Path, backward: Backward) -> Iterator[Trainer]:
+def start(job: Job, weights: Path, backward: Backward, compile: bool = False) -> Iterator[Trainer]:
     with distributed(Mesh(edp=1, ep=job.ranks), device="cpu") as real:
         comm = Counting(real)
         model = from_huggingface(weights)
@@ -61,7 +61,7 @@ def start(job: Job, weights: Path, backward: Backward) -> Iterator[Trainer]:
             precision = Precision(compute=dtype_of(job), reduce=torch.float32)
         plan = make_plan(model.shapes, model.labels, RULES, comm.mesh, precision)
         optimizer = adamw(RATE, *BETAS, EPS, DECAY)
-        loss = model.loss(plan, comm, backward=backward)
+        loss = model.loss(plan, comm, backward=backward, compile=compile)
         train = make_train_step(loss, plan, optimizer, comm, clip=CLIP, donate=True)
         state: list[Any] = [init_state(model.load(plan, comm), plan, optimizer)]
 

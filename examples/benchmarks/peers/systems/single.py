@@ -15,8 +15,10 @@ from peers.trainer import Trainer, dtype_of
 
 
 @contextmanager
-def start(job: Job, weights: Path) -> Iterator[Trainer]:
+def start(job: Job, weights: Path, compile: bool = False) -> Iterator[Trainer]:
     model = read_model(weights)
+    if compile:
+        model.compile()
     masters = list(model.parameters())
     if job.dtype != "float32":
         masters = [p.detach().clone().requires_grad_() for p in masters]
