@@ -73,6 +73,26 @@ def test_ten_steps_are_compared_and_no_fewer_than_one() -> None:
         agreement([], LOSSES, "float32")
 
 
+# -- arguments -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--shapes", "A,Z"), "'Z' is none of A, B, C, D"),
+        (("--dtypes", "float16"), "'float16' is none of float32, bfloat16"),
+        (("--malloc", "keep"), "'keep' is none of default, returned, kept"),
+        (("--systems", "Megatron"), "is part of none of transformers, one process"),
+    ],
+)
+def test_names_that_are_not_known_are_refused(
+    arguments: tuple[str, str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as refused:
+        main(arguments)
+    assert message in f"{refused.value}{capsys.readouterr().err}"
+
+
 # -- results -------------------------------------------------------------------------------------
 
 

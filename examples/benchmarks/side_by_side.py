@@ -15,13 +15,13 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from peers.agreement import COMPARED
+from peers.agreement import COMPARED, TOLERANCE
 from peers.environments import python_of
 from peers.launch import MALLOC, launch
 from peers.model import write_weights
@@ -50,6 +50,8 @@ class Options(NamedTuple):
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parser().parse_args(arguments)
     systems = [name for name in SYSTEMS if any(part in name for part in args.systems.split(";"))]
+    if not systems:
+        raise SystemExit(f"--systems {args.systems!r} is part of none of {', '.join(SYSTEMS)}")
     options = Options(
         *(args.results, args.environments, args.ranks),
         *(args.rounds, args.steps, args.budget, args.limit),
@@ -62,11 +64,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = made.add_argument
-    add("--shapes", default="A,B,C,D", help=f"of {', '.join(SHAPES)}")
-    add("--dtypes", default="float32", help="float32, bfloat16 or both")
+    add("--shapes", type=some_of(SHAPES), default="A,B,C,D", help=f"of {', '.join(SHAPES)}")
+    add("--dtypes", type=some_of(TOLERANCE), default="float32", help=f"of {', '.join(TOLERANCE)}")
     add("--lengths", default="256", help="of sequences, such as 256,1024")
     add("--systems", default="", help="parts of names, such as 'FSDP2;AutoEP'; by default all")
-    add("--malloc", default="default", help=f"how glibc is told to behave: of {', '.join(MALLOC)}")
+    malloc = f"how glibc is told to behave: of {', '.join(MALLOC)}"
+    add("--malloc", type=some_of(MALLOC), default="default", help=malloc)
     add("--rounds", type=int, default=2, help="runs of each system, in turn")
     add("--ranks", type=int, default=2)
     add("--steps", type=int, help="of each run; by default as many as fit in the budget")
@@ -78,11 +81,23 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def some_of(known: Collection[str]) -> Callable[[str], list[str]]:
+    """Reads names between commas, each of which has to be known."""
+
+    def read(text: str) -> list[str]:
+        for name in text.split(","):
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}")
+        return text.split(",")
+
+    return read
+
+
 def wanted(args: argparse.Namespace) -> Iterator[Group]:
-    for dtype in args.dtypes.split(","):
+    for dtype in args.dtypes:
         for length in args.lengths.split(","):
-            for shape in args.shapes.split(","):
-                for malloc in args.malloc.split(","):
+            for shape in args.shapes:
+                for malloc in args.malloc:
                     yield Group(shape, dtype, int(length), malloc)
 
 
