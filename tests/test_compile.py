@@ -20,7 +20,7 @@ from torch._dynamo.utils import counters
 from torch.autograd import forward_ad
 from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer
 
-from functional_ep import adamw, compiled, lm, uncompiled
+from functional_ep import adamw, compiled, from_huggingface, lm, uncompiled
 from functional_ep.config import Recipe
 from functional_ep.differentiate import sum_over_ranks
 from functional_ep.memory import StepMemory, step_memory
@@ -233,6 +233,26 @@ def test_real_ranks_do_too(ranks2: Farm) -> None:
     arguments = ["mixtral"] * 2, ["regather"] * 2, [True] * 2
     found = ranks2.run(hf_cases.converted_type, Mesh(edp=1, ep=2), *arguments)
     hf_cases.check(found, expected, "compiled, on two ranks")
+
+
+def test_what_a_model_records_is_recorded_whenever_it_is_asked_for() -> None:
+    whole = hf_cases.build("mixtral")
+    ids = hf_cases.batch_of(whole)["input_ids"]
+
+    def program(comm: Comm) -> list[Any]:
+        model = from_huggingface(whole)
+        plan = hf_cases.plan_of(model, comm.mesh)
+        run, shards = model.apply(plan, comm, compile=True), model.load(plan, comm)
+        with torch.no_grad():
+            asked = [run(shards, input_ids=ids, output_router_logits=i % 2 > 0) for i in range(4)]
+        return [outputs.router_logits for outputs in asked]
+
+    expected = whole(input_ids=ids, output_router_logits=True).router_logits
+    for found in simulate(program, Mesh(edp=1, ep=2)):
+        assert found[0] is None and found[2] is None
+        for logits in (found[1], found[3]):
+            torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-6)
+    assert graphs()
 
 
 def test_layers_that_read_weights_of_other_parts_do_too(monkeypatch: pytest.MonkeyPatch) -> None:
