@@ -255,6 +255,22 @@ def test_what_a_model_records_is_recorded_whenever_it_is_asked_for() -> None:
     assert graphs()
 
 
+def test_a_layer_that_cannot_be_compiled_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def program(comm: Comm) -> None:
+        model = from_huggingface(hf_cases.build("mixtral"))
+        plan = hf_cases.plan_of(model, comm.mesh)
+        run = model.apply(plan, comm, compile=True)
+        monkeypatch.setattr(MixtralDecoderLayer, "forward", lambda self, x, **_: meet(x, comm))
+        run(model.load(plan, comm), input_ids=torch.ones(1, 2, dtype=torch.long))
+
+    def meet(x: Tensor, comm: Comm) -> Tensor:
+        return psum(x, ("ep",), comm)
+
+    with pytest.raises(TorchDynamoException) as caught:
+        simulate(program, Mesh(edp=1, ep=2))
+    assert "model.layers.0 at" in "".join(caught.value.__notes__)
+
+
 def test_layers_that_read_weights_of_other_parts_do_too(monkeypatch: pytest.MonkeyPatch) -> None:
     own = MixtralDecoderLayer.forward
 

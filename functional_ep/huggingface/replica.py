@@ -93,6 +93,7 @@ class Replica:
         def run(views: Sequence[Tensor], args: Any, kwargs: Any) -> Any:
             return forward(*args, **kwargs)  # the module has the views; here they are only seen
 
+        run.__qualname__ = part.path  # as errors of the compiler name it
         compute = compiled(run) if self.compile and part.is_layer else run
 
         def visit(*args: Any, **kwargs: Any) -> Any:
