@@ -10,7 +10,7 @@ import torch
 from laws import is_that_of_plain_torch, uneven
 from torch import Tensor
 
-from functional_ep import differentiate, lm, moe, norm, optim, permute, train_step
+from functional_ep import architecture, differentiate, lm, moe, norm, optim, permute, train_step
 from functional_ep.testing import Chosen
 from sharding import Mesh, Rule, collectives, simulate
 from sharding import gather as gather_module
@@ -140,7 +140,7 @@ def idle_rank_skips(patch: Patch) -> None:
         return right(experts, x_TD, *rest) if len(x_TD) else x_TD
 
     patch.setattr(moe, "moe", skipping)
-    patch.setattr(lm, "moe", skipping)
+    patch.setattr(architecture, "moe", skipping)
 
 
 def permutation_for_inverse(patch: Patch) -> None:

@@ -215,6 +215,7 @@ def test_a_model_of_transformers_keeps_its_gradients(mode: Backward) -> None:
     assert graphs()
 
 
+@pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex")
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_other_families_do_too(model_type: str) -> None:
     model = hf_cases.build(model_type)

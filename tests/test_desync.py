@@ -118,7 +118,8 @@ def in_turn(comm: Comm, cases: Sequence[tuple[Any, Any]]) -> list[tuple[str, flo
 # -- the table -----------------------------------------------------------------------------------
 
 # Of ranks that a mismatch is found on at once, some may not have come to wait, or so far.
-AT_ONCE = r"in step [67], (waiting|computing) for \d\.\d s (in|since) its collective no\. [23]"
+# Another may not yet have woken from one that the others are through with.
+AT_ONCE = r"in step [67], (waiting|computing) for \d\.\d s (in|since) its collective no\. [123]"
 THIRD = r"in step 7, .* for \d\.\d s \w+ its collective no\. 3 \(no\. 1 of the step\), "
 WAITS = r"in step 7, waiting for [2-4]\.\d s in its collective no\. {} \(no\. {} of the step\), "
 STUCK = (

@@ -180,7 +180,7 @@ def side_by_side(results: Path, *arguments: str) -> None:
 
 def test_two_ranks_and_one_process_train_alike_and_only_once(tmp_path: Path) -> None:
     file, target = tmp_path / "results.jsonl", tmp_path / "page.md"
-    wanted = ("--systems", f"one process;{OURS}", "--steps", str(STEPS), "--page", str(target))
+    wanted = ("--systems", f"{REFERENCE};{OURS}", "--steps", str(STEPS), "--page", str(target))
     side_by_side(file, *wanted)
     single, ours = read(file)
     assert single.error == "" and ours.error == ""

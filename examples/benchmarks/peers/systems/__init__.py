@@ -20,7 +20,9 @@ REFERENCE = "transformers, one process"
 
 SYSTEMS: Mapping[str, System] = {
     REFERENCE: System("single", processes=1, threads=2),
-    f"{REFERENCE}, compiled": System("single", {"compile": True}, processes=1, threads=2),
+    "transformers compiled, one process": System(
+        "single", {"compile": True}, processes=1, threads=2
+    ),
     "FSDP2": System("fsdp2"),
     "transformers EP + FSDP2": System("transformers_ep"),
     "torchtitan EP + FSDP2": System("titan", environment="torchtitan"),
@@ -30,6 +32,6 @@ SYSTEMS: Mapping[str, System] = {
     "functional-ep, keep": System("ours", {"backward": "keep"}),
     "functional-ep, regather": System("ours", {"backward": "regather"}),
     "functional-ep, recompute": System("ours", {"backward": "recompute"}),
-    "functional-ep, keep, compiled": System("ours", {"backward": "keep", "compile": True}),
-    "functional-ep, regather, compiled": System("ours", {"backward": "regather", "compile": True}),
+    "functional-ep compiled, keep": System("ours", {"backward": "keep", "compile": True}),
+    "functional-ep compiled, regather": System("ours", {"backward": "regather", "compile": True}),
 }
