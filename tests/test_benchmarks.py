@@ -1,4 +1,4 @@
-"""What the benchmarks of memory, scaling and prefetch take for granted of their own arithmetic."""
+"""What the scripts in examples/benchmarks take for granted of their own arithmetic."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from matplotlib.figure import Figure
+from near_ties import compare, ties
+from peers.model import write_weights
 from peers.rank import Reply
+from peers.shapes import SHAPES, Job
 from plan_memory import growth
 from prefetch import Sent, Times, Wire, report
 from scaling import SYSTEMS, Point, jobs, plot
@@ -84,3 +87,23 @@ def test_what_is_hidden_is_the_share_of_the_gap_that_is_gone(
     report(times)
     said = capsys.readouterr().out
     assert "gap 100" in said and "gap 400" in said and "hidden of the second gather: 75%" in said
+
+
+def test_a_token_goes_elsewhere_where_rounding_is_all_its_expert_leads_by() -> None:
+    logits = torch.tensor([[5.0, 4.0, 3.0], [5.0, 4.0, 4.0 - 2e-7], [1.0, 3.0, 2.0]])
+    rounded = logits + torch.tensor([0.0, 0.0, 1e-6])
+    assert list(ties([logits], [logits], k=2)) == []
+    ((layer, tokens, lead),) = ties([logits], [rounded], k=2)
+    assert (layer, tokens) == (0, 1)
+    assert 0 < lead < 1e-6
+
+
+def test_a_model_trained_rank_by_rank_makes_the_steps_of_one_trained_at_once(
+    tmp_path: Path,
+) -> None:
+    job = Job(SHAPES["tiny"], length=16, sequences=1)
+    write_weights(job, tmp_path)
+    losses = [(at_once, apart) for at_once, apart, _ in compare(job, tmp_path, 3)]
+    for at_once, apart in losses:
+        assert apart == pytest.approx(at_once, rel=1e-6)
+    assert losses[2][0] != pytest.approx(losses[0][0], rel=1e-3)

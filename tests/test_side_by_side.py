@@ -11,7 +11,7 @@ import torch
 from peers.agreement import COMPARED, TOLERANCE, agreement
 from peers.measure import Clock, resident, restart_peak
 from peers.plot import plot
-from peers.results import WARM_UP, Group, Run, append, read, summary
+from peers.results import WARM_UP, Group, Run, append, ratios, read, summary
 from peers.systems import REFERENCE
 from peers.systems.ours import Counting
 from peers.table import page
@@ -103,6 +103,16 @@ def test_a_summary_leaves_the_warm_up_out_and_takes_the_worst_rank() -> None:
     assert found.tokens_per_second == 128
     assert (found.peak, found.above_import, found.sent) == (2**22, 3 * 2**20, 2**20)
     assert summary([FAILED]) is None
+
+
+def test_systems_are_compared_with_what_ran_in_the_same_round() -> None:
+    slow = [run(REFERENCE), run(REFERENCE, 8.0, number=1), run(REFERENCE, number=2)]
+    ours = [run(OURS, 0.5), run(OURS, 2.0, number=1), run(OURS, number=3)]
+    assert ratios(ours, slow) == [0.5, 0.25]
+    failed = replace(FAILED, system=OURS, round=2)
+    assert ratios([*ours, failed], slow) == [0.5, 0.25]
+    assert ratios(ours, []) == []
+    assert "| 0.38 (0.25 to 0.50) | 128 |" in page([*slow, *ours])
 
 
 def test_results_are_read_as_they_were_written_and_a_second_attempt_counts(tmp_path: Path) -> None:

@@ -99,6 +99,18 @@ def summary(runs: Sequence[Run]) -> Summary | None:
     )
 
 
+def ratios(runs: Sequence[Run], others: Sequence[Run]) -> list[float]:
+    """CPU time of a step over that of ``others``: medians, for each round that both have.
+
+    Rounds may lie days apart, and be of another machine: what ran in turn is compared.
+    """
+    cpu = [
+        {run.round: statistics.median(run.cpu[WARM_UP:]) for run in some if not run.error}
+        for some in (runs, others)
+    ]
+    return [cpu[0][i] / cpu[1][i] for i in sorted(cpu[0].keys() & cpu[1].keys())]
+
+
 def append(path: Path, run: Run) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:

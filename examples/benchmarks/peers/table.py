@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 from peers.agreement import TOLERANCE, agreement
-from peers.results import WARM_UP, Group, Run, groups, summary
+from peers.results import WARM_UP, Group, Run, groups, ratios, summary
 from peers.systems import REFERENCE
 
 MIB = 2**20
@@ -30,10 +31,12 @@ INTRODUCTION = """\
 
 The same Qwen3-MoE model, weights, batches, AdamW and clipping, trained by each system in processes
 of its own, in turn. CPU seconds are those of all processes together; other work on the machine
-disturbs them less than wall time. Memory is resident, of the largest rank. Bytes sent are those
+disturbs them less than wall time, and "of one process" compares what ran in the same round: the
+median of the rounds, and their range. Memory is resident, of the largest rank. Bytes sent are those
 that every exchange of the pieces must carry, counted where torch, or a `Comm`, starts them. Losses
 are those of the first ten steps, and differ from those of one process by no more than a relative
-{float32:.0e} in float32 and {bfloat16:.0e} in bfloat16, unless it says so.
+{float32:.0e} in float32 and {bfloat16:.0e} in bfloat16, unless it says so: `near_ties.py` shows the
+steps in which rounding decides where a token goes, in plain transformers alone.
 
 The first {warm_up} steps of each run are not timed. Made by `make bench`
 (`python examples/benchmarks/side_by_side.py`).
@@ -68,20 +71,32 @@ def table(group: Group, systems: Mapping[str, Sequence[Run]]) -> str:
 
 def row(name: str, runs: Sequence[Run], reference: Sequence[Run]) -> tuple[str, ...]:
     """The cells of a system, ``failed`` in each if none of its runs ended well."""
-    found, single = summary(runs), summary(reference)
+    found = summary(runs)
     if found is None:
         return name, "failed", *["-"] * (len(HEAD) - 2)
     low, high = found.cpu_range
     return (
         name,
         f"{found.cpu:.3f} ({low:.3f} to {high:.3f})",
-        f"{found.cpu / single.cpu:.2f}" if single else "",
+        spread(ratios(runs, reference)),
         f"{found.tokens_per_second:.0f}",
         f"{found.peak / MIB:.0f}",
         f"{found.above_import / MIB:.0f}",
         f"{found.sent / MIB:.1f}",
         losses_of(runs, reference),
     )
+
+
+def spread(values: Sequence[float]) -> str:
+    """The median, and the range if there is one.
+
+    >>> spread([0.9, 0.7, 0.8]), spread([0.9]), spread([])
+    ('0.80 (0.70 to 0.90)', '0.90', '')
+    """
+    if not values:
+        return ""
+    middle, low, high = (f"{f(values):.2f}" for f in (statistics.median, min, max))
+    return middle if low == high else f"{middle} ({low} to {high})"
 
 
 def losses_of(runs: Sequence[Run], reference: Iterable[Run]) -> str:
