@@ -11,7 +11,18 @@ import torch
 from peers.agreement import COMPARED, TOLERANCE, agreement
 from peers.measure import Clock, resident, restart_peak
 from peers.plot import plot
-from peers.results import WARM_UP, Group, Run, append, ratios, read, summary
+from peers.results import (
+    WARM_UP,
+    Group,
+    Run,
+    append,
+    cpu_of,
+    peak_of,
+    ratios,
+    read,
+    speed_of,
+    summary,
+)
 from peers.systems import REFERENCE
 from peers.systems.ours import Counting
 from peers.table import page
@@ -108,11 +119,24 @@ def test_a_summary_leaves_the_warm_up_out_and_takes_the_worst_rank() -> None:
 def test_systems_are_compared_with_what_ran_in_the_same_round() -> None:
     slow = [run(REFERENCE), run(REFERENCE, 8.0, number=1), run(REFERENCE, number=2)]
     ours = [run(OURS, 0.5), run(OURS, 2.0, number=1), run(OURS, number=3)]
-    assert ratios(ours, slow) == [0.5, 0.25]
+    assert ratios(ours, slow, cpu_of) == [0.5, 0.25]
     failed = replace(FAILED, system=OURS, round=2)
-    assert ratios([*ours, failed], slow) == [0.5, 0.25]
-    assert ratios(ours, []) == []
+    assert ratios([*ours, failed], slow, cpu_of) == [0.5, 0.25]
+    assert ratios(ours, [replace(failed, round=0)], cpu_of) == []
     assert "| 0.38 (0.25 to 0.50) | 128 |" in page([*slow, *ours])
+
+
+def test_the_best_peer_of_each_round_is_the_one_to_compare_with() -> None:
+    quick = replace(run("FSDP2", 0.5), wall=(0.25,) * STEPS)
+    lean = replace(run("DeepSpeed ZeRO-3", 4.0), peak=(2 * 2**20,) * 2)
+    others = [quick, lean, run("FSDP2", 4.0, number=1)]
+    ours = [run(OURS), run(OURS, number=1)]
+    assert ratios(ours, others, cpu_of) == [2.0, 0.25]
+    assert ratios(ours, others, speed_of, max) == [0.5, 1.0]
+    assert ratios(ours, others, peak_of) == [2.0, 1.0]
+    text = page([run(REFERENCE, 0.1), *others, *ours])
+    assert f"| {OURS} | 1.12 (0.25 to 2.00) | 0.75 (0.50 to 1.00) | 1.50 (1.00 to 2.00) |" in text
+    assert "round by round |" not in page([run(REFERENCE), *ours])
 
 
 def test_results_are_read_as_they_were_written_and_a_second_attempt_counts(tmp_path: Path) -> None:

@@ -98,10 +98,10 @@ def compare(job: Job, weights: Path, steps: int) -> Iterator[tuple[float, float,
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", choices=list(SHAPES), default="C")
-    parser.add_argument("--length", type=int, default=1024, help="of a rank's one sequence")
+    parser.add_argument("--length", type=int, default=1024, help="of sequences")
     parser.add_argument("--steps", type=int, default=COMPARED)
     args = parser.parse_args()
-    job = Job(SHAPES[args.shape], length=args.length, sequences=1)
+    job = Job.of(args.shape, "float32", args.length, ranks=2)
     with tempfile.TemporaryDirectory(prefix="weights-") as directory:
         write_weights(job, Path(directory))
         for i, (loss, other, found) in enumerate(compare(job, Path(directory), args.steps)):

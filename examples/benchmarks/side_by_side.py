@@ -103,8 +103,7 @@ def wanted(args: argparse.Namespace) -> Iterator[Group]:
 
 def compare(group: Group, systems: Sequence[str], options: Options) -> None:
     """All rounds of all systems, and the table of them."""
-    sequences = 2 if group.length <= 256 else 1
-    job = Job(SHAPES[group.shape], group.dtype, group.length, sequences, options.ranks)
+    job = Job.of(group.shape, group.dtype, group.length, options.ranks)
     with tempfile.TemporaryDirectory(prefix="weights-") as directory:
         for number in range(options.rounds):
             for system in systems:

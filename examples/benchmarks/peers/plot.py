@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from functional_ep.plot import INK, MUTED, STYLE, TRAIN, VALID
 from peers.results import Group, Run, Summary, groups, summary
+from peers.systems import SYSTEMS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-OURS = "functional-ep"
 PANELS: Mapping[str, Callable[[Summary], float]] = {
     "CPU seconds per step, all ranks": lambda s: s.cpu,
     "Tokens per second": lambda s: s.tokens_per_second,
@@ -55,7 +55,7 @@ def _bars(
             axes.annotate(" failed", (0, place), va="center", color=MUTED)
             continue
         length = value(found)
-        axes.barh(place, length, height=0.7, color=VALID if name.startswith(OURS) else TRAIN)
+        axes.barh(place, length, height=0.7, color=VALID if SYSTEMS[name].is_ours else TRAIN)
         axes.annotate(f" {length:.4g}", (length, place), va="center", color=MUTED, fontsize=8)
     axes.set_yticks(range(len(systems)), list(systems))
     axes.set_ylim(len(systems) - 0.5, -0.5)

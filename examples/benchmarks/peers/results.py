@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,16 +99,38 @@ def summary(runs: Sequence[Run]) -> Summary | None:
     )
 
 
-def ratios(runs: Sequence[Run], others: Sequence[Run]) -> list[float]:
-    """CPU time of a step over that of ``others``: medians, for each round that both have.
+def cpu_of(run: Run) -> float:
+    """Seconds of a step, over all processes; the median."""
+    return statistics.median(run.cpu[WARM_UP:])
+
+
+def speed_of(run: Run) -> float:
+    """Tokens per second, by the median step."""
+    return run.tokens / statistics.median(run.wall[WARM_UP:])
+
+
+def peak_of(run: Run) -> float:
+    """Bytes that the largest process had."""
+    return max(run.peak)
+
+
+def ratios(
+    runs: Iterable[Run],
+    others: Iterable[Run],
+    value: Callable[[Run], float],
+    best: Callable[[list[float]], float] = min,
+) -> list[float]:
+    """The value of a run over the best that ``others`` have in the same round, for each round.
 
     Rounds may lie days apart, and be of another machine: what ran in turn is compared.
     """
-    cpu = [
-        {run.round: statistics.median(run.cpu[WARM_UP:]) for run in some if not run.error}
-        for some in (runs, others)
+    found: dict[int, list[float]] = {}
+    for run in others:
+        if not run.error:
+            found.setdefault(run.round, []).append(value(run))
+    return [
+        value(run) / best(found[run.round]) for run in runs if run.round in found and not run.error
     ]
-    return [cpu[0][i] / cpu[1][i] for i in sorted(cpu[0].keys() & cpu[1].keys())]
 
 
 def append(path: Path, run: Run) -> None:

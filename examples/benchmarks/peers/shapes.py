@@ -53,5 +53,10 @@ class Job:
         return asdict(self)
 
     @classmethod
+    def of(cls, shape: str, dtype: str, length: int, ranks: int) -> Job:
+        """As it is compared: one sequence for each rank if they are long, else two."""
+        return cls(SHAPES[shape], dtype, length, 2 if length <= 256 else 1, ranks)
+
+    @classmethod
     def from_json(cls, values: dict[str, Any]) -> Job:
         return cls(Shape(**values["shape"]), **{k: v for k, v in values.items() if k != "shape"})

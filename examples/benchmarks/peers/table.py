@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 from peers.agreement import TOLERANCE, agreement
-from peers.results import WARM_UP, Group, Run, groups, ratios, summary
-from peers.systems import REFERENCE
+from peers.results import WARM_UP, Group, Run, cpu_of, groups, peak_of, ratios, speed_of, summary
+from peers.systems import REFERENCE, SYSTEMS
 
 MIB = 2**20
 ALLOCATOR = {
@@ -25,6 +25,8 @@ HEAD = (
     "MiB sent per rank",
     "largest difference of a loss",
 )
+
+BEST = ("of the best peer, round by round", "CPU s", "tokens/s", "peak memory")
 
 INTRODUCTION = """\
 # Side by side
@@ -62,11 +64,27 @@ def table(group: Group, systems: Mapping[str, Sequence[Run]]) -> str:
         if not run.error
     }
     title = f"## {group.shape}, {group.dtype}, sequences of {group.length}"
-    lines = [HEAD, ("---", *["---:"] * (len(HEAD) - 1)), *rows]
-    body = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-    return "\n".join(
-        [title, "", "".join(sorted(sizes)) + ALLOCATOR[group.malloc], "", body, *errors, ""]
-    )
+    said = "".join(sorted(sizes)) + ALLOCATOR[group.malloc]
+    best = against_peers(systems)
+    compared = ["", grid(BEST, best)] if best else []
+    return "\n".join([title, "", said, "", grid(HEAD, rows), *compared, *errors, ""])
+
+
+def grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ("---", *["---:"] * (len(head) - 1)), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def against_peers(systems: Mapping[str, Sequence[Run]]) -> list[tuple[str, ...]]:
+    """A row for each of our systems; in each round another peer may be the best."""
+    peers = [run for name, runs in systems.items() if SYSTEMS[name].is_peer for run in runs]
+    rows: list[tuple[str, ...]] = []
+    for name, runs in systems.items():
+        cpu = ratios(runs, peers, cpu_of)
+        if SYSTEMS[name].is_ours and cpu:
+            speed, memory = ratios(runs, peers, speed_of, max), ratios(runs, peers, peak_of)
+            rows.append((name, *map(spread, (cpu, speed, memory))))
+    return rows
 
 
 def row(name: str, runs: Sequence[Run], reference: Sequence[Run]) -> tuple[str, ...]:
@@ -78,7 +96,7 @@ def row(name: str, runs: Sequence[Run], reference: Sequence[Run]) -> tuple[str, 
     return (
         name,
         f"{found.cpu:.3f} ({low:.3f} to {high:.3f})",
-        spread(ratios(runs, reference)),
+        spread(ratios(runs, reference, cpu_of)),
         f"{found.tokens_per_second:.0f}",
         f"{found.peak / MIB:.0f}",
         f"{found.above_import / MIB:.0f}",

@@ -15,6 +15,15 @@ class System(NamedTuple):
     processes: int | None = None  # by default one for each rank
     threads: int = 1
 
+    @property
+    def is_ours(self) -> bool:
+        return self.module == "ours"
+
+    @property
+    def is_peer(self) -> bool:
+        """Whether it is another's, on as many ranks."""
+        return self.processes is None and not self.is_ours
+
 
 REFERENCE = "transformers, one process"
 
