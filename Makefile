@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+WORKERS ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
@@ -11,10 +12,12 @@ INSTALLED := $(VENV)/installed
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
-	@echo "PYTHON=python3.12 chooses the interpreter, ARGS=... goes to the command"
+	@echo "PYTHON=python3.12 chooses the interpreter, WORKERS=4 how many processes test,"
+	@echo "ARGS=... goes to the command"
 
 test: $(INSTALLED)  ## the laws, the examples and the code in the README
-	$(BIN)/python -m pytest --hypothesis-profile ci $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --hypothesis-profile ci \
+		-n $(WORKERS) --dist loadfile --max-worker-restart 0 $(ARGS)
 
 train: $(INSTALLED)  ## train a small language model on two processes
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 examples/train.py $(ARGS)
