@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 ARGS ?=
 WORKERS ?= 2
 BIN := $(VENV)/bin
@@ -44,7 +45,7 @@ clean:  ## remove the virtual environment and everything generated
 	rm -rf $(VENV) *.egg-info build dist runs .pytest_cache .hypothesis .ruff_cache
 	find sharding functional_ep examples tests -name __pycache__ -exec rm -rf {} +
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt -e '.[test,train]'
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e '.[test,train]'
 	touch $@

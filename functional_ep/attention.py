@@ -13,6 +13,10 @@ import torch._C._functorch as _functorch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.torch_version import TorchVersion
+
+# Before, the compiler takes what the fused kernel sums up of float64 rows for float32.
+COMPILES_FUSED_FLOAT64 = TorchVersion(torch.__version__) >= "2.13"
 
 
 def rotary_table(
@@ -69,15 +73,16 @@ def attention(
         causal = torch.ones(s, s, dtype=torch.bool, device=x_BSD.device).tril()
         itself = torch.eye(s, dtype=torch.bool, device=x_BSD.device)
         allowed = (causal & mask_BS[:, None, None, :]) | itself
-    with _kernel():
+    with _kernel(q.dtype):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=allowed is None)
     return F.linear(y.transpose(1, 2).reshape(b, s, d), out)
 
 
-def _kernel() -> AbstractContextManager[Any]:
+def _kernel(dtype: torch.dtype) -> AbstractContextManager[Any]:
     """Fused attention has neither forward mode nor lanes nor a second derivative; plain has all."""
     if torch.compiler.is_compiling():  # which is only done where nothing transforms
-        return nullcontext()
+        fused = COMPILES_FUSED_FLOAT64 or dtype != torch.float64
+        return nullcontext() if fused else sdpa_kernel(SDPBackend.MATH)
     stack = _functorch.get_interpreter_stack()
     grad = _functorch.TransformType.Grad
     if not stack or (len(stack) == 1 and stack[0].key() == grad):

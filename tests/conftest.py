@@ -8,11 +8,17 @@ from collections.abc import Iterator
 import pytest
 from farm import Farm
 from hypothesis import settings
+from torch._subclasses import FakeTensorMode
 
 settings.register_profile("dev", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, database=None, max_examples=60)
 settings.register_profile("nightly", deadline=None, max_examples=3000)
 settings.load_profile("ci" if os.environ.get("CI") == "true" else "dev")
+
+# torch built for CUDA, where there is no GPU, keeps a stand-in that ends with the thread which
+# first asked for one. Let that be this thread: those of simulated ranks compile and end.
+with FakeTensorMode():
+    pass
 
 
 @pytest.fixture(scope="session")

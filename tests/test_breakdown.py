@@ -68,7 +68,10 @@ def profiled(comm: Comm) -> tuple[dict[str, float], float]:
     """Microseconds by category, and those of the steps altogether."""
     run = trainer(Job(SHAPES["tiny"], length=16, ranks=1), Transfers(comm), "keep")
     run(0)
-    with profile(activities=[ProfilerActivity.CPU]) as seen, record_function(STEP):
+    with (
+        profile(activities=[ProfilerActivity.CPU], acc_events=True) as seen,
+        record_function(STEP),
+    ):
         run(1)
     events: Any = seen.events()
     (step,) = (event for event in events if event.name == STEP)

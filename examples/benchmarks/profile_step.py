@@ -56,7 +56,7 @@ def main() -> None:
         run = trainer(job, Transfers(comm), args.backward)
         for i in range(2):
             run(i)
-        with profile(activities=[ProfilerActivity.CPU]) as seen:
+        with profile(activities=[ProfilerActivity.CPU], acc_events=True) as seen:
             for i in range(args.steps):
                 with record_function(STEP):
                     run(2 + i)
