@@ -25,10 +25,10 @@ def compiled(f: Callable[P, R]) -> Callable[P, R]:
     takes seconds and, on CPU, needs a C++ compiler; another shape is compiled once more, then for
     any size.
 
-    A torch that is built for CUDA, on a machine without a GPU, ends in a segmentation fault (seen in
-    2.11.0) where threads compile, as those of ``simulate`` do, after the first of them that did has
-    ended. It does not if the main thread is the first, with any function: call ``compiled(f)(x)``
-    there before.
+    A torch that is built for CUDA, on a machine without a GPU, ends in a segmentation fault (seen
+    in 2.11.0) where threads compile, as those of ``simulate`` do, after the first of them that did
+    has ended. It does not if the main thread is the first, with any function: call
+    ``compiled(f)(x)`` there before.
 
     Args:
         f: a function of tensors. What it calls that holds a collective, or anything else that torch
