@@ -62,7 +62,7 @@ class MemoryDisk(Disk):
 
     def size(self, path: Path) -> int | None:
         node = self.nodes.get(path)
-        return None if node is None else len(node.data)
+        return None if node is None or node is DIRECTORY else len(node.data)
 
     def read(self, path: Path, start: int, memory: memoryview) -> Iterator[memoryview]:
         found = self._file(path).data[start : start + len(memory)]
@@ -70,7 +70,8 @@ class MemoryDisk(Disk):
         yield memory[: len(found)]
 
     def make_directory(self, path: Path) -> None:
-        assert path not in self.nodes
+        if path in self.nodes:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
         self._change(path, {path: DIRECTORY})
 
     def create(self, path: Path) -> int:

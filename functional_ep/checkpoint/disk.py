@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -27,9 +28,10 @@ class Disk:
             return None
 
     def size(self, path: Path) -> int | None:
-        """The bytes of a file; None where there is nothing."""
+        """The bytes of a file; None where there is none, which a directory is not."""
         try:
-            return os.stat(path).st_size
+            found = os.stat(path)
+            return None if stat.S_ISDIR(found.st_mode) else found.st_size
         except (FileNotFoundError, NotADirectoryError):
             return None
 

@@ -40,8 +40,8 @@ def read_manifest(path: Path, disk: Disk) -> Manifest:
 def _instead(path: Path, disk: Disk) -> str:
     names = disk.names(path)
     if names is None:
-        exists = disk.size(path) is not None
-        return "it is a file" if exists else "there is no such directory"
+        is_file = disk.size(path) is not None
+        return "it is a file" if is_file else "there is no such directory"
     steps = [name for name in names if STEP.fullmatch(name) and disk.size(path / name / MANIFEST)]
     if steps:
         return f"it holds {len(steps)} of them, the newest is {path / steps[-1]}"
