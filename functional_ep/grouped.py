@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sharding.closed import closed
 from sharding.node import Node
+from sharding.plain import outside_transforms, plain
 
 from .factored import Factored, goes_in_factors
 from .few_shapes import mm_by_expert, outer_by_expert
@@ -78,12 +79,26 @@ class Counts(tuple[int, ...]):
     tensor([1, 3], dtype=torch.int32)
     """
 
+    device_counts: Tensor | None = None
     found: Tensor | None = None
+
+    @classmethod
+    def read(cls, numbers: Sequence[int], counts_e: Tensor) -> Counts:
+        """Numbers that were read from a device, which need not be sent there again."""
+        counts = cls(numbers)
+        counts.device_counts = plain(counts_e)
+        return counts
 
     def ends(self, device: torch.device) -> Tensor:
         if self.found is None or self.found.device != device:
-            self.found = torch.tensor(list(accumulate(self)), dtype=torch.int32, device=device)
+            self.found = self._ends(device)
         return self.found
+
+    def _ends(self, device: torch.device) -> Tensor:
+        if self.device_counts is not None and self.device_counts.device == device:
+            with outside_transforms():
+                return self.device_counts.cumsum(0, dtype=torch.int32)
+        return torch.tensor(list(accumulate(self)), dtype=torch.int32, device=device)
 
 
 def fitting(counts: Sequence[int], rows: int, experts: int) -> Counts:

@@ -7,7 +7,7 @@ in order.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -63,7 +63,8 @@ def dispatch(x_TD: Tensor, ids_TK: Tensor, experts: int, axes: Axes, comm: Comm)
     by_expert = sort_order(ids_TK.reshape(-1))
     rows = spread(x_TD, by_expert, ids_TK.shape[-1])
     if ranks == 1:
-        return Dispatched(rows, Counts(counts_E.tolist()), by_expert, None, (), ())
+        counts = Counts.read(_all_counted(counts_E.tolist(), ids_TK, experts), counts_E)
+        return Dispatched(rows, counts, by_expert, None, (), ())
     local = experts // ranks
     even = (local,) * ranks
     (arriving,) = comm.all_to_all([counts_E], axes, even, even)
@@ -73,11 +74,20 @@ def dispatch(x_TD: Tensor, ids_TK: Tensor, experts: int, axes: Axes, comm: Comm)
     numbers = torch.cat([leaving_q, arriving_qe.sum(1), arriving_qe.sum(0)])
     host = tuple(numbers.tolist())
     sent, received, counts_e = host[:ranks], host[ranks : 2 * ranks], host[2 * ranks :]
+    _all_counted(sent, ids_TK, experts)
     rows = all_to_all(rows, axes, comm, sent, received)
     local_ids = torch.arange(local, device=rows.device).repeat(ranks)
     on_arrival = sort_order(torch.repeat_interleave(local_ids, arriving, output_size=sum(received)))
-    counts = Counts(counts_e)
+    counts = Counts.read(counts_e, numbers[2 * ranks :])
     return Dispatched(spread(rows, on_arrival), counts, by_expert, on_arrival, sent, received)
+
+
+def _all_counted(counts: Sequence[int], ids_TK: Tensor, experts: int) -> Sequence[int]:
+    """These counts, once they are on the host; or an error if some ids are no experts."""
+    strays = ids_TK.numel() - sum(counts)
+    if strays:
+        raise ValueError(f"{strays} of {ids_TK.numel()} expert ids are not from 0 to {experts - 1}")
+    return counts
 
 
 def expert_ffn(gate_up: Tensor, down: Tensor, rows_RD: Tensor, counts_e: tuple[int, ...]) -> Tensor:

@@ -53,13 +53,16 @@ def count_experts(ids_TK: Tensor, experts: int) -> Tensor:
     """``counts_E[e] = how many choices fell on global expert e``, int64.
 
     Raises:
-        ValueError: an id that is no expert.
+        ValueError: an id that is no expert. On a GPU, where to know that is to wait for it, it is
+            left out instead, and :func:`functional_ep.moe.dispatch` finds that it is missing.
 
     >>> count_experts(torch.tensor([[0, 2], [2, 1]]), experts=4)
     tensor([1, 1, 2, 0])
     """
     if is_mapped(ids_TK):
         return closed(lambda ids_TK: (count_experts(ids_TK, experts),), lanes="loop")(ids_TK)[0]
+    if ids_TK.device.type != "cpu":
+        return _counted(ids_TK.reshape(-1), experts)
     try:
         counts_E = torch.bincount(ids_TK.reshape(-1), minlength=experts)
     except RuntimeError:  # of a negative id
@@ -67,6 +70,13 @@ def count_experts(ids_TK: Tensor, experts: int) -> Tensor:
     if counts_E.numel() != experts:
         raise ValueError(f"expert id {counts_E.numel() - 1}: ids are 0 to {experts - 1}")
     return counts_E
+
+
+def _counted(ids: Tensor, experts: int) -> Tensor:
+    """The same with nothing read: bincount asks for the largest id to know how much it counts."""
+    slots = ids.clamp(-1, experts) + 1  # the first and the last are of no expert
+    ones = slots.new_ones(1, dtype=torch.int64).expand_as(slots)
+    return ones.new_zeros(experts + 2).scatter_add_(0, slots, ones)[1:-1]
 
 
 class Statistics(NamedTuple):

@@ -120,7 +120,7 @@ functional_ep.checkpoint          <- checkpoint.check checkpoint.checkpoints che
                                      checkpoint.restoring checkpoint.saving
 functional_ep.routing       <- sharding.closed
 functional_ep.few_shapes    <-
-functional_ep.grouped       <- factored few_shapes sharding.closed sharding.node
+functional_ep.grouped       <- factored few_shapes sharding.closed sharding.node sharding.plain
 functional_ep.permute       <- grouped sharding.node
 functional_ep.swiglu        <- grouped sharding.closed sharding.node
 functional_ep.moe           <- grouped permute routing swiglu

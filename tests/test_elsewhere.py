@@ -1,0 +1,253 @@
+"""A step on another device than the CPU: the same numbers, none on the wrong device, few waits."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from closeness import assert_close
+from elsewhere import Waits, elsewhere, here, there
+from hf_cases import batch_of, build, part_of, plan_of
+from optree import tree_leaves
+
+from functional_ep import Optimizer, adamw, from_huggingface, init_state, lm, make_train_step, sgd
+from functional_ep.moe import dispatch
+from functional_ep.routing import count_experts
+from sharding import Comm, Mesh, Precision, expert_parallel, make_plan, simulate, zero3
+from sharding.sharded import Backward
+
+CFG = lm.Config(vocab=64, dim=32, layers=3, heads=2, experts=8, top_k=2, ffn=32)
+RULES = {"dense": zero3("edp", "ep"), "expert": expert_parallel("ep", store=("edp",))}
+IDS = torch.randint(0, CFG.vocab, (4, 17), generator=torch.Generator().manual_seed(0))
+
+
+def batch_of_ids(ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"input_ids": ids[..., :-1], "labels": ids[..., 1:]}
+
+
+TRANSFORMS: dict[str, Callable[..., Any]] = {
+    "grad": lambda f, s, i: torch.func.grad(f)(s, i),
+    "vmap": lambda f, s, i: torch.vmap(lambda one: torch.func.grad(f)(s, one[None]))(i),
+}
+Counts = Counter[tuple[str, str]]
+
+
+class Case(NamedTuple):
+    backward: Backward = "keep"
+    optimizer: Optimizer = adamw(1e-2)
+    commit: str | None = None
+    donate: bool = False
+    mesh: Mesh = Mesh(edp=2, ep=2)
+    dtype: torch.dtype = torch.float64
+    precision: Precision = Precision()
+
+
+def trained(case: Case, away: bool) -> list[tuple[Any, Any, Counts]]:
+    """Of each rank: metrics and params after three steps, and the waits of the last of them."""
+
+    def program(comm: Comm, ids: torch.Tensor) -> tuple[Any, Any, Counts]:
+        params = lm.init(CFG, dtype=case.dtype)
+        plan = make_plan(params, lm.labels, RULES, comm.mesh, case.precision)
+        loss = lm.loss(CFG, plan, comm, case.backward)
+        rest: Any = dict(clip=0.1, donate=case.donate, commit=case.commit)
+        step = make_train_step(loss, plan, case.optimizer, comm, **rest)
+        shards, batch = plan.shard(params, comm), {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
+        with Waits() as waits:
+            if away:
+                shards, batch = there(shards), there(batch)
+                comm.device = tree_leaves(shards)[0].device
+            state, metrics = init_state(shards, plan, case.optimizer), {}
+            for _ in range(3):
+                waits.counts.clear()
+                state, metrics = step(state, batch)
+            counts = Counter(waits.counts)
+            own: Callable[[Any], Any] = here if away else lambda tree: tree
+            return own(metrics), own(state.params), counts
+
+    with elsewhere():
+        return simulate(program, case.mesh, IDS.tensor_split(case.mesh.size))
+
+
+CASES = {
+    "keep": Case(),
+    "regather": Case("regather"),
+    "recompute": Case("recompute"),
+    "sgd": Case(optimizer=sgd(0.1, momentum=0.9)),
+    "vote": Case(commit="vote"),
+    "donate": Case(donate=True),
+    "one rank": Case(mesh=Mesh(edp=1, ep=1)),
+    "four experts' ranks": Case(mesh=Mesh(edp=1, ep=4)),
+    "float32": Case(dtype=torch.float32, optimizer=sgd(0.1)),
+    "bfloat16": Case(
+        dtype=torch.float32, optimizer=sgd(0.1), precision=Precision(torch.bfloat16, torch.float32)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_elsewhere_is_one_on_the_cpu(name: str) -> None:
+    case = CASES[name]
+    rtol = {torch.float64: 1e-9, torch.float32: 1e-5}[case.dtype]
+    for found, expected in zip(trained(case, True), trained(case, False), strict=True):
+        if case.precision.compute:  # near ties of routers fall otherwise
+            assert_close(found[0]["loss"], expected[0]["loss"], "loss", rtol=1e-2)
+            continue
+        for x, y in zip(leaves_of(found), leaves_of(expected), strict=True):
+            assert_close(x, y, name, rtol)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_host_waits_for_the_counts_of_each_layer_and_once_for_the_ranks(name: str) -> None:
+    """Once for whether batches are alike, before anything can hang on it, and once for a vote."""
+    case = CASES[name]
+    layers = CFG.layers * (2 if case.backward == "recompute" else 1)
+    ranks = {"agreement.py": 1} if case.mesh.size > 1 else {}
+    votes = {"poll.py": 1} if case.commit else {}
+    for _, _, counts in trained(case, True):
+        assert waits(counts, "read") == {"moe.py": layers, **ranks, **votes}
+        assert waits(counts, "sent").keys() <= {"agreement.py", "fused.py", "poll.py"}
+
+
+def leaves_of(result: Any) -> list[torch.Tensor]:
+    """Metrics and params."""
+    metrics, params, _ = result
+    return [*tree_leaves(metrics), *tree_leaves(params)]
+
+
+def waits(counts: Counts, kind: str) -> dict[str, int]:
+    """How often in which file."""
+    found: Counter[str] = Counter()
+    for (what, line), times in counts.items():
+        found[line.split(":")[0]] += times if what == kind else 0
+    return {file: times for file, times in found.items() if times}
+
+
+# -- a model of transformers -----------------------------------------------------------------------
+
+
+def gradients(model_type: str, away: bool) -> tuple[dict[str, torch.Tensor], Counts]:
+    """Of one loss, by name, on rank 0; and its waits."""
+    model = build(model_type)
+    batch = batch_of(model)
+
+    def program(comm: Comm) -> tuple[dict[str, torch.Tensor], Counts]:
+        bare, mine = from_huggingface(model), part_of(batch, comm.mesh, comm.rank)
+        plan = plan_of(bare, comm.mesh)
+        shards = bare.load(plan, comm)
+        loss = bare.loss(plan, comm, training=False)
+        with Waits() as counted:
+            if away:
+                shards, mine = there(shards), there(mine)
+                comm.device = next(iter(shards.values())).device
+            leaves = [x.requires_grad_() for x in shards.values()]
+            total, *_ = loss(shards, mine)
+            grads = torch.autograd.grad(total, leaves, materialize_grads=True)
+            found = dict(zip(shards, grads, strict=True))
+            return here(found) if away else found, Counter(counted.counts)
+
+    with elsewhere():
+        return simulate(program, Mesh(edp=2, ep=2))[0]
+
+
+# Experts that are modules of their own, complex rotations, biases, an encoder, states, pictures.
+MODELS = (
+    *("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v2", "deepseek_v3", "llama4", "dbrx", "jetmoe"),
+    *("switch_transformers", "nemotron_h", "qwen3_next", "qwen3_vl_moe"),
+)
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_a_model_of_transformers_elsewhere_is_that_on_the_cpu(model_type: str) -> None:
+    (found, counts), (expected, _) = (gradients(model_type, away) for away in (True, False))
+    largest = max(float(g.abs().max()) for g in expected.values())
+    for name, g in expected.items():
+        assert_close(found[name] / largest, g / largest, name, rtol=1e-5)
+    if model_type in ("mixtral", "qwen3_moe", "gpt_oss"):
+        assert waits(counts, "read") == {"moe.py": 2}, "once for each layer"
+
+
+# -- transforms ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_elsewhere_are_those_on_the_cpu(name: str) -> None:
+    def program(comm: Comm, ids: torch.Tensor, away: bool) -> Any:
+        params = lm.init(CFG, dtype=torch.float64)
+        plan = make_plan(params, lm.labels, RULES, comm.mesh)
+        loss, shards = lm.loss(CFG, plan, comm), plan.shard(params, comm)
+        with Waits():
+            if away:
+                shards, ids = there(shards), there(ids)
+                comm.device = ids.device
+            result = TRANSFORMS[name](lambda s, i: loss(s, batch_of_ids(i))[0], shards, ids)
+            return tree_leaves(here(result) if away else result)
+
+    mesh = Mesh(edp=1, ep=2)
+    with elsewhere():
+        ranks = [
+            simulate(partial(program, away=away), mesh, IDS.tensor_split(2))
+            for away in (True, False)
+        ]
+    for found, expected in zip(*ranks, strict=True):
+        for x, y in zip(found, expected, strict=True):
+            assert_close(x, y, name)
+
+
+# -- what the tests have to find -------------------------------------------------------------------
+
+
+def on_one_rank(program: Callable[[torch.Tensor], Any]) -> Counts:
+    def run(comm: Comm) -> Counts:
+        with Waits() as counted:
+            program(there(torch.ones(3)))
+            return counted.counts
+
+    with elsewhere():
+        return simulate(run, Mesh())[0]
+
+
+MIXED: tuple[Callable[[torch.Tensor], Any], ...] = (
+    lambda x: x + torch.ones(3),
+    lambda x: x[torch.tensor([1, 2])],
+    lambda x: torch.mul(x, x.to("cpu")),
+)
+
+
+@pytest.mark.parametrize("mixed", MIXED)
+def test_tensors_of_two_devices_are_refused(mixed: Callable[[torch.Tensor], Any]) -> None:
+    with pytest.raises(AssertionError, match="of tensors on two devices"):
+        on_one_rank(mixed)
+
+
+@pytest.mark.parametrize(
+    ("what", "waiting"),
+    [
+        ("read", lambda x: x.sum().item()),
+        ("read", lambda x: bool(x[0] > 0)),
+        ("read", lambda x: x.long().tolist()),
+        ("read", lambda x: x[x > 0]),
+        ("read", lambda x: torch.bincount(x.long())),
+        ("read", lambda x: x.cpu()),
+        ("sent", lambda x: torch.tensor([1, 2], device=x.device)),
+        ("", lambda x: torch.arange(3, device=x.device) + 1.5 * x),
+    ],
+)
+def test_what_waits_is_counted(what: str, waiting: Callable[[torch.Tensor], Any]) -> None:
+    counts = on_one_rank(waiting)
+    found = [kind for kind, _ in counts.elements()]
+    assert found == ["sent"] + [what] * bool(what), "the first is the tensor's own way there"
+
+
+def test_an_expert_that_is_none_is_missed_elsewhere() -> None:
+    def run(comm: Comm) -> None:
+        with Waits():
+            ids = there(torch.tensor([[0, 4], [-1, 2]]))
+            assert here(count_experts(ids, 4)).tolist() == [1, 0, 1, 0]
+            dispatch(there(torch.ones(2, 3)), ids, 4, (), comm)
+
+    with elsewhere(), pytest.raises(ValueError, match="2 of 4 expert ids are not from 0 to 3"):
+        simulate(run, Mesh())
