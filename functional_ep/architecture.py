@@ -135,6 +135,7 @@ def functions(cfg: Config, plan: Plan, comm: Comm, compile: bool) -> list[Callab
     blocks = plan.tree["blocks"]
     if len(blocks) != cfg.layers:
         raise ValueError(f"the config has {cfg.layers} layers, the params have {len(blocks)}")
+    plan.check_whole(lambda path: "/experts/" in path)
 
     def embed(view: Params, input_ids: Tensor, constants: Constants) -> Stream:
         return Stream(F.embedding(input_ids, view["embed"]))

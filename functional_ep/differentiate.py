@@ -108,7 +108,7 @@ def _checked(result: Any) -> tuple[Tensor, Tensor, Aux]:
         raise ValueError(f"the loss's sum is {_show(total)}, not a floating-point scalar: {right}")
     if isinstance(count, int):
         count = torch.tensor(count, device=total.device)
-    if not isinstance(count, Tensor) or count.dim():
+    if not isinstance(count, Tensor) or count.dim() or count.is_complex():
         raise ValueError(f"the loss's count is {_show(count)}, not an integer scalar: {right}")
     if count.requires_grad:
         raise ValueError(f"the loss's count depends on the parameters: {right}")
@@ -120,7 +120,15 @@ def _checked(result: Any) -> tuple[Tensor, Tensor, Aux]:
         raise ValueError(
             f"the loss's aux has {taken[0]!r}, which is a metric of the step: rename it"
         )
-    return total, count, {name: aux[name] for name in sorted(aux)}  # one order on all ranks
+    sums = {name: _wide(aux[name]) for name in sorted(aux)}  # one order on all ranks
+    return _wide(total), _wide(count), sums
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In a dtype whose sums are right: of a bool there is none, and a uint8 ends at 255."""
+    if x.is_floating_point() or x.is_complex():
+        return x.float() if x.dtype.itemsize < 4 else x
+    return x.long()
 
 
 def _show(x: Any) -> str:

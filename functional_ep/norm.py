@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from sharding import Comm
+from sharding.collectives import pvary
+from sharding.plan import Copy
 
 from .differentiate import sum_over_ranks
 from .factored import Factored
@@ -15,25 +17,39 @@ from .factored import Factored
 PIECE = 1 << 18  # entries whose squares are summed in the gradient's own dtype
 
 
-def global_norm(grads: Sequence[Tensor], counts_once: Sequence[bool], comm: Comm) -> Tensor:
+def global_norm(grads: Sequence[Tensor], copies: Sequence[Copy], comm: Comm) -> Tensor:
     """``sqrt(sum of the squares of the whole gradient)``, each entry once; equal on every rank.
 
     Args:
         grads: this rank's shards.
-        counts_once: for each, whether this rank's copy is the one that counts
-            (``plan.counts_once(comm)``).
+        copies: for each, which other ranks hold it, and whether this one counts
+            (``plan.copies(comm)``).
         comm: the ranks.
     """
-    return sum_over_ranks([local_squares(grads, counts_once)], comm)[0].sqrt()
+    return sum_over_ranks([local_squares(grads, copies, comm)], comm)[0].sqrt()
 
 
-def local_squares(grads: Sequence[Tensor], counts_once: Sequence[bool]) -> Tensor:
+def local_squares(grads: Sequence[Tensor], copies: Sequence[Copy], comm: Comm) -> Tensor:
     """This rank's summand of the square of the norm."""
+    if torch._C._are_functorch_transforms_active():
+        return _differentiable_squares(grads, copies, comm)
     squares = [
-        part for g, counts in zip(grads, counts_once, strict=True) if counts for part in _squares(g)
+        part for g, copy in zip(grads, copies, strict=True) if copy.counts for part in _squares(g)
     ]
     device = grads[0].device if grads else None
     return torch.stack(squares).sum() if squares else torch.zeros((), device=device).double()
+
+
+def _differentiable_squares(grads: Sequence[Tensor], copies: Sequence[Copy], comm: Comm) -> Tensor:
+    """The same, of copies that are one value: the derivative by each is that by all of them."""
+    total = torch.zeros((), dtype=torch.float64, device=comm.device)
+    for copy in dict.fromkeys(copies):
+        same = [
+            part for g, c in zip(grads, copies, strict=True) if c == copy for part in _squares(g)
+        ]
+        squares = torch.stack(same).sum()
+        total = total + (pvary(squares, copy.axes, comm) if copy.axes else squares) * copy.counts
+    return total
 
 
 def _squares(g: Tensor) -> list[Tensor]:
@@ -43,4 +59,6 @@ def _squares(g: Tensor) -> list[Tensor]:
     """
     if isinstance(g, Factored):
         return [g.squares()]
-    return [torch.dot(x, x).double() for x in ((g,) if g.is_cuda else g.split(PIECE))]
+    pieces = (g,) if g.is_cuda else g.split(PIECE)
+    wide = [x.float() if x.itemsize < 4 else x for x in pieces]
+    return [torch.dot(x, x).double() for x in wide]

@@ -183,10 +183,16 @@ def _adamw_formula(
     for p, g, m, v in zip(params, grads, moments["m"], moments["v"], strict=True):
         ms.append(m + (1 - b1) * (g - m))
         vs.append(b2 * v + (1 - b2) * g * g)
-        root = (vs[-1] / correct2.to(p.dtype)).sqrt() + eps
+        root = _root(vs[-1] / correct2.to(p.dtype)) + eps
         decayed = p * (1 - rate * decay).to(p.dtype)
         ps.append(decayed - (rate / correct1).to(p.dtype) * ms[-1] / root)
     return ps, {"m": ms, "v": vs}
+
+
+def _root(v: Tensor) -> Tensor:
+    """The square root, with the derivative zero at zero, where v is the square of a gradient."""
+    positive = v > 0
+    return torch.where(positive, torch.where(positive, v, 1.0).sqrt(), 0.0)
 
 
 def _scaled(grads: Leaves, factor: Tensor | None) -> Iterable[Tensor]:

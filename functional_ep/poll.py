@@ -40,8 +40,8 @@ class Poll:
         mesh = plan.mesh
         self.plan, self.comm, self.vote = plan, comm, vote
         self.trained = [i for i, layout in enumerate(plan.layouts) if not layout.frozen]
-        once = plan.counts_once(comm)
-        self.counts_once = [once[i] for i in self.trained]
+        copies = plan.copies(comm)
+        self.copies = [copies[i] for i in self.trained]
         self.copied: dict[Axes, list[int]] = {}
         for i, layout in enumerate(plan.layouts):
             axes = layout.rule.copies(mesh)
@@ -73,7 +73,7 @@ class Poll:
             grads: this rank's shards of the gradients of trained leaves.
             order: what has heard the collectives of the step.
         """
-        squares = local_squares(grads, self.counts_once)
+        squares = local_squares(grads, self.copies, self.comm)
         device = self.comm.device
         infinite = [torch.isfinite(x).logical_not().to(device) for x in (total, squares)]
         row: list[Tensor | int] = [Reason.LOSS * infinite[0] + Reason.GRADIENT * infinite[1]]

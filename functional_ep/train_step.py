@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sharding import Comm, Plan
+from sharding.collectives import pvary
 from sharding.order import Order
 from sharding.tree import flatten, unflatten
 
@@ -30,6 +31,7 @@ from .state import State
 from .vote import Vetoed, Vote, as_vote
 
 Metrics = dict[str, Tensor]
+Step = Callable[..., tuple[State, Metrics]]
 EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 
@@ -42,12 +44,14 @@ def make_train_step(
     clip: float | None = None,
     donate: bool = False,
     commit: Literal["vote"] | Vote | None = None,
-) -> Callable[..., tuple[State, Metrics]]:
+) -> Step:
     """``step(state, batch) -> (state', metrics)``: the same numbers on every mesh.
 
     ``step(state, micro1, micro2, ...)`` accumulates: sums of sums, divided once, so any split of a
     batch gives the same gradient. (Statistics that a loss takes over a batch, such as the balance
-    of experts, are those of a microbatch.) The step is pure, and transforms may wrap it.
+    of experts, are those of a microbatch.) The step is pure, and transforms may wrap it: what it
+    gives has the derivatives of one process. A hyperparameter to differentiate by, one value on all
+    ranks, has to meet shards as ``sgd(lambda step: pvary(rate, rule.axes, comm))``.
 
     Args:
         loss: ``loss(shards, batch) -> (sum, count)`` or ``(sum, count, aux)``, local to the rank:
@@ -103,11 +107,11 @@ def make_train_step(
             shards = plan.check_shards(state.params, comm)
             grads, mine, count, aux = accumulate(loss, plan, shards, batches, update.factored)
             total, count, *sums = sum_over_ranks([mine, count, *aux.values()], comm)
-        per_token = 1 / count.clamp(min=1).double()
+        per_token = 1 / torch.where(count > 0, count, 1).double()
         if poll and order:
             norm, verdict = poll.take(state, batches, mine, grads, order)
         else:
-            norm, verdict = global_norm(grads, update.counts_once, comm), {}
+            norm, verdict = global_norm(grads, update.copies, comm), {}
         norm = norm * per_token
         metrics = {"loss": total * per_token.to(total.dtype), "count": count, "grad_norm": norm}
         rates = update.rates(state.step)  # a donated state is empty after the update
@@ -118,7 +122,19 @@ def make_train_step(
             return _without_batch(state, donate), metrics
         return update(state, shards, grads, per_token, norm), metrics
 
-    return step
+    return _unrecorded(step)
+
+
+def _unrecorded(step: Step) -> Step:
+    """Without transforms, a state does not hold on to how it was made from the one before."""
+
+    def called(state: State, *batches: Any) -> tuple[State, Metrics]:
+        if torch._C._are_functorch_transforms_active():
+            return step(state, *batches)
+        with torch.no_grad():
+            return step(state, *batches)
+
+    return called
 
 
 class _Update:
@@ -132,12 +148,12 @@ class _Update:
         clip: float | None,
         donate: bool,
     ) -> None:
-        self.plan, self.clip, self.donate = plan, clip, donate
+        self.plan, self.comm, self.clip, self.donate = plan, comm, clip, donate
         self.optimizers = by_label(optimizers, plan)
         self.single = isinstance(optimizers, Optimizer)
         self.trained = [i for i, w in enumerate(plan.layouts) if not w.frozen]
-        once = plan.counts_once(comm)
-        self.counts_once = [once[i] for i in self.trained]
+        copies = plan.copies(comm)
+        self.copies = [copies[i] for i in self.trained]
         labels = [leaf.label for leaf in plan.leaves]
         self.positions = {
             label: [i for i in self.trained if labels[i] == label] for label in plan.trained
@@ -180,7 +196,7 @@ class _Update:
                 [summed[i] for i in positions],
                 before,
                 self.donate,
-                factor,
+                self._varying(factor, label),
             )
             for i, p in zip(positions, params, strict=True):
                 new[i] = p
@@ -189,6 +205,12 @@ class _Update:
             }
         after = State(state.step + 1, self.plan.unflatten(new), opt)
         return _take_over(state, after) if self.donate else after
+
+    def _varying(self, factor: Tensor, label: str) -> Tensor:
+        """One value of all ranks, where it meets shards: its derivative is summed over them."""
+        axes = self.plan.rules[label].axes
+        apart = torch._C._are_functorch_transforms_active() and self.plan.mesh.count(axes) > 1
+        return pvary(factor, axes, self.comm) if apart else factor
 
     def rates(self, step: Tensor) -> Metrics:
         """The learning rates of this step, for the metrics."""

@@ -110,7 +110,8 @@ class _Start(Node):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return _Start.apply(ctx.linear, ctx.comm, ctx.lanes, *tangents[3:])
+        moving = [t for t in tangents[3:] if t is not None]  # integers have no tangent
+        return _Start.apply(ctx.linear, ctx.comm, ctx.lanes, *moving)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
@@ -138,14 +139,16 @@ class _Wait(Node):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.linear, ctx.comm, ticket = inputs
         ctx.lanes = tuple(ticket.shape[1:])
+        ctx.moving = [y.is_floating_point() for y in output]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         return None, None, _Start.apply(ctx.linear.transpose, ctx.comm, ctx.lanes, *grads)
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
-        return wait(ctx.linear, tangents[2], ctx.comm)
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
+        ys = iter(wait(ctx.linear, tangents[2], ctx.comm))
+        return tuple(next(ys) if moves else None for moves in ctx.moving)
 
     @staticmethod
     def vmap(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import optree
 import torch
@@ -15,9 +15,16 @@ from .comm import Comm, Op
 from .footprint import footprint
 from .gather import Layout, Precision, gather
 from .leaf import Leaf, make_leaf, refuse_repeated
-from .mesh import Mesh
+from .mesh import Axes, Mesh
 from .rule import Rule, is_first_copy, partition
 from .tree import describe_difference, flatten, path_strings, show, structure, unflatten
+
+
+class Copy(NamedTuple):
+    """A rank's shard among those that are equal: along which axes, and whether sums count it."""
+
+    axes: Axes
+    counts: bool
 
 
 @dataclass(frozen=True)
@@ -131,14 +138,28 @@ class Plan:
                 whole.append(flat.reshape(layout.shape).clone())
         return self.unflatten(whole)
 
-    def counts_once(self, comm: Comm) -> list[bool]:
-        """For each leaf, whether this rank is the one copy that a sum over the mesh counts."""
-        return [is_first_copy(w.rule, self.mesh, comm.rank) for w in self.layouts]
+    def copies(self, comm: Comm) -> list[Copy]:
+        """For each leaf, which ranks hold this rank's shard too, and whether this one counts."""
+        return [Copy(w.copies, is_first_copy(w.rule, self.mesh, comm.rank)) for w in self.layouts]
 
     def check_mesh(self, comm: Comm) -> None:
         """Refuse ranks of another mesh."""
         if comm.mesh != self.mesh:
             raise ValueError(f"the plan was made for {self.mesh}, but the ranks form {comm.mesh}")
+
+    def check_whole(self, in_parts: Callable[[str], bool]) -> None:
+        """Refuse to split a leaf while computing, but for those paths that are computed in parts.
+
+        The view of another would be a part taken for the whole: a router would not know of the
+        experts of other ranks.
+        """
+        for leaf in self.leaves:
+            axes = self.rules[leaf.label].compute
+            if axes and not in_parts(leaf.path):
+                raise ValueError(
+                    f"{leaf} has the label {leaf.label!r}, whose rule splits it over {axes} while "
+                    "computing; only stacks of experts are computed in parts: give it another label"
+                )
 
     def check_shards(self, shards: Any, comm: Comm) -> list[Tensor]:
         """The leaves of a tree of shards, or an error that names the leaf that is none."""

@@ -98,13 +98,13 @@ def clip_per_label(patch: Patch) -> None:
         if clip is None:
             return
         for label, positions in self.positions.items():
-            counts = [self.counts_once[i] for i in positions]
+            copies = [self.copies[i] for i in positions]
             update = self.optimizers[label].update
 
             def clipped(
-                step: Any, ps: Any, gs: Any, *rest: Any, counts: Any = counts, update: Any = update
+                step: Any, ps: Any, gs: Any, *rest: Any, copies: Any = copies, update: Any = update
             ) -> Any:
-                norm = train_step.global_norm(gs, counts, comm)
+                norm = train_step.global_norm(gs, copies, comm)
                 factor = (clip / (norm + train_step.EPS)).clamp(max=1)
                 return update(step, ps, [g * factor for g in gs], *rest)
 

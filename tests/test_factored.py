@@ -19,6 +19,7 @@ from functional_ep.norm import local_squares
 from sharding import Comm, Mesh, expert_parallel, make_plan, simulate, zero3
 from sharding.closed import closed
 from sharding.node import accept
+from sharding.plan import Copy
 from sharding.testing import seeds
 
 
@@ -75,12 +76,16 @@ def test_pieces_have_each_entry_once(case: Factors, dtype: torch.dtype) -> None:
     torch.testing.assert_close(values, right.flatten(), rtol=1e-5, atol=1e-5)
 
 
+def squares(g: Tensor, counts: bool) -> Tensor:
+    return simulate(lambda comm: local_squares([g], [Copy((), counts)], comm), Mesh())[0]
+
+
 @given(factors())
 def test_the_norm_needs_no_product(case: Factors) -> None:
     found, right = case.both(torch.float32)
     expected = right.double().square().sum()
-    torch.testing.assert_close(local_squares([found], [True]), expected, rtol=1e-5, atol=1e-12)
-    assert local_squares([found], [False]) == 0
+    torch.testing.assert_close(squares(found, True), expected, rtol=1e-5, atol=1e-12)
+    assert squares(found, False) == 0
 
 
 def test_a_norm_that_cancels_is_multiplied_out() -> None:

@@ -80,12 +80,13 @@ functional_ep.agreement     <- sharding sharding.tree
 functional_ep.differentiate <- factored sharding sharding.collectives sharding.comm sharding.node
                                sharding.tree
 functional_ep.norm          <- differentiate factored sharding
+                               sharding.collectives sharding.plan
 functional_ep.bits          <-
 functional_ep.vote          <-
 functional_ep.poll          <- bits differentiate norm state vote
                                sharding sharding.mesh sharding.order sharding.tree
 functional_ep.train_step    <- agreement differentiate norm optim poll state vote
-                               sharding sharding.order sharding.tree
+                               sharding sharding.collectives sharding.order sharding.tree
 functional_ep.memory        <- differentiate optim state train_step sharding sharding.rehearsal
 functional_ep.box           <-
 functional_ep.safetensors_file <- box

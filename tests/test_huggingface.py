@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from functional_ep.differentiate import sum_over_ranks
 from functional_ep.huggingface import next_tokens
 from functional_ep.huggingface.model import Model
 from functional_ep.huggingface.parts import parts
-from sharding import Comm, Mesh, make_plan, simulate
+from sharding import Comm, Mesh, expert_parallel, make_plan, simulate
 from sharding.simulate import PerRank
 from sharding.walk import Backward
 
@@ -372,6 +373,9 @@ def test_bad_input_is_one_clear_error() -> None:
         "backward='never'": lambda p, c: loss(p, c, batch, backward="never"),
         "written to twice": lambda p, c: bare.apply(p, c, "recompute")(
             bare.load(p, c), input_ids=ids, use_cache=True
+        ),
+        r"splits it over \('ep',\) while computing": lambda p, c: bare.loss(
+            replace(p, rules={**p.rules, "dense": expert_parallel("ep")}), c
         ),
         "shards do not have the structure": lambda p, c: bare.apply(p, c)({}, input_ids=ids),
     }.items():

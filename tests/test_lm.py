@@ -64,6 +64,13 @@ def test_params_of_another_depth_are_refused() -> None:
         simulate(program, Mesh(edp=1, ep=1))
 
 
+def test_a_router_that_would_know_of_its_own_experts_alone_is_refused() -> None:
+    sliced = label_by_path({"*/experts/*": "expert", "*/router": "expert"}, default="dense")
+    plan = make_plan(lm.init(CFG), sliced, RULES, Mesh(edp=1, ep=2))
+    with pytest.raises(ValueError, match=r"\['router'\] .* splits it over \('ep',\) while comp"):
+        simulate(lambda comm: lm.loss(CFG, plan, comm), plan.mesh)
+
+
 def test_experts_of_one_layer_that_are_split_differently_are_refused() -> None:
     labels = label_by_path({"*/down": "down", "*/experts/*": "expert"}, default="dense")
     rules = RULES | {"down": Rule(store=("edp",))}

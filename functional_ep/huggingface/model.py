@@ -163,6 +163,8 @@ class Model:
                 f"the plan was made for other params: they differ in {some}. "
                 "Make it with make_plan(model.shapes, model.labels, rules, mesh)"
             )
+        labels = self.labels
+        plan.check_whole(lambda name: labels[name] == "expert")
 
 
 def convert(source: Any, dtype: torch.dtype | None = None, adapter: Any = None) -> Model:
