@@ -36,7 +36,7 @@ def training(options: argparse.Namespace) -> Act:
                 run(comm, job, wish)
         else:
             with on_signals() as wish:
-                simulate(lambda comm: run(comm, job, wish), job.mesh)
+                simulate(lambda comm: run(comm, job, wish), job.mesh, device=job.device)
 
     return act
 

@@ -13,6 +13,7 @@ from sharding.node import Node
 
 IGNORE = -100  # the label of a position without a target, as in torch's cross_entropy
 AT_ONCE = 1 << 18  # logits; as many as stay in a core's cache between one pass and the next
+AT_ONCE_ON_GPU = 1 << 25  # 128 MiB: few launches, and little memory beside the logits
 
 
 def cross_entropy(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
@@ -95,7 +96,8 @@ class _Slope(Node):
 
 
 def _tokens_at_once(logits: Tensor) -> int:
-    return max(1, AT_ONCE // logits.shape[-1])
+    at_once = AT_ONCE_ON_GPU if logits.is_cuda else AT_ONCE
+    return max(1, at_once // logits.shape[-1])
 
 
 def _wide(logits: Tensor) -> Tensor:

@@ -45,12 +45,12 @@ class _Kernel:
     """In place. The kernel divides by its scale on the way, a float32: for narrow leaves only."""
 
     def __init__(self, step: Tensor, hyper: dict[str, float], factor: Tensor | None) -> None:
-        self.step, self.hyper, self.factor = (step + 1).float(), hyper, factor
+        self.step, self.hyper, self.factor = float(step + 1), hyper, factor
         self.scale = None if factor is None else (1 / factor).float()
 
     def __call__(self, columns: Columns) -> None:
         device = columns[0][0].device
-        steps = [self.step.to(device)] * len(columns[0])
+        steps = [torch.full((), self.step, device=device)] * len(columns[0])  # nothing is sent
         scale = None
         if self.scale is not None and all(g.dtype.itemsize <= 4 for g in columns[1]):
             scale = self.scale.to(device)
@@ -65,9 +65,12 @@ class _Kernel:
 def _in_pieces(p: Leaves, grads: Leaves, m: Leaves, v: Leaves) -> Iterator[Columns]:
     """Parameters, gradients and moments: of all leaves that are there, then piece by piece."""
     rows = list(zip(p, grads, m, v, strict=True))
-    there = [row for row in rows if not isinstance(row[1], Factored)]
-    if there:
-        yield tuple(map(list, zip(*there, strict=True)))
+    alike: dict[torch.dtype, list[tuple[Tensor, ...]]] = {}  # a GPU's kernel takes one at a time
+    for row in rows:
+        if not isinstance(row[1], Factored):
+            alike.setdefault(row[0].dtype, []).append(row)
+    for some in alike.values():
+        yield tuple(map(list, zip(*some, strict=True)))
     for p_i, g, m_i, v_i in rows:
         if isinstance(g, Factored):
             cut = [x.split(g.cuts()) for x in (p_i, m_i, v_i)]

@@ -178,9 +178,13 @@ class _GroupedOuter(Node):
     @staticmethod
     def forward(g: Tensor, x: Tensor, counts: Counts) -> Tensor:
         g, x = g.contiguous(), x.contiguous()
-        if _has_kernel(g, x):
-            return torch.nn.functional.grouped_mm(g.t(), x, offs=counts.ends(x.device))
-        return outer_by_expert(g, x, counts)
+        if not _has_kernel(g, x):
+            return outer_by_expert(g, x, counts)
+        o = torch.nn.functional.grouped_mm(g.t(), x, offs=counts.ends(x.device))
+        idle = [o_e for o_e, rows in zip(o.unbind(), counts, strict=True) if not rows]
+        if idle and o.is_cuda:  # Blackwell's kernel leaves them as they are: pytorch/pytorch#172439
+            torch._foreach_zero_(idle)
+        return o
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -56,6 +56,8 @@ def prepare(options: argparse.Namespace, launched: int | None) -> Job:
     mesh = mesh_of(options.mesh, ranks, experts_of(recipe))
     corpus = read(options.data) if options.data else standard_library()
     data.check(corpus, recipe.seq)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no GPU here; leave it out to use the CPU")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     out = options.out or _default_out(recipe, corpus)
     if recipe.weights:

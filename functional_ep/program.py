@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -72,11 +73,15 @@ def _startable() -> Iterator[None]:
 
 def _from_scratch(comm: Comm, recipe: Recipe, device: torch.device) -> Program:
     cfg = recipe.model
-    params: Any = lm.init(cfg, seed=recipe.seed)
-    params = optree.tree_map(lambda leaf: leaf.to(device), params)
-    plan = make_plan(params, lm.labels, RULES, comm.mesh, PRECISION[recipe.precision])
+    init = partial(lm.init, cfg, seed=recipe.seed)
+    plan = make_plan(init(), lm.labels, RULES, comm.mesh, PRECISION[recipe.precision])
     loss = lm.loss(cfg, plan, comm, backward="regather", compile=recipe.compile)
     tx = _optimizer(recipe)
+
+    def start() -> State:
+        shards: Any = plan.shard(init(), comm)  # the whole of them is not kept
+        return init_state(optree.tree_map(lambda x: x.to(device), shards), plan, tx)
+
     return Program(
         f"{cfg.layers} layers, {cfg.experts} experts, top-{cfg.top_k}",
         _size(plan),
@@ -86,7 +91,7 @@ def _from_scratch(comm: Comm, recipe: Recipe, device: torch.device) -> Program:
         loss,
         lm.apply(cfg, plan, comm),
         make_train_step(loss, plan, tx, comm, clip=recipe.clip, donate=True),
-        lambda: init_state(plan.shard(params, comm), plan, tx),
+        start,
         lambda state, path: None,
     )
 

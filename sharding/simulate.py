@@ -21,7 +21,7 @@ from .comm import Comm, Divergence, Op, Work
 from .divergence import kinds, mismatch, table, where
 from .mesh import Mesh
 from .specification import specification
-from .streams import put, stand
+from .streams import current_stream, put, stand
 
 R = TypeVar("R")
 PerRank = Sequence[Any] | Tensor  # one value for each rank
@@ -31,7 +31,12 @@ class _Abandoned(BaseException):
     """Ends a rank's thread after another rank has failed; never seen by the caller."""
 
 
-def simulate(program: Callable[..., R], mesh: Mesh, *per_rank: PerRank) -> list[R]:
+def simulate(
+    program: Callable[..., R],
+    mesh: Mesh,
+    *per_rank: PerRank,
+    device: str | torch.device = "cpu",
+) -> list[R]:
     """``[program(comm_r, *(arg[r] for arg in per_rank)) for r in mesh]``, all ranks in lock step.
 
     Each rank has a random stream of its own, as a process has, which starts where the caller's
@@ -42,6 +47,8 @@ def simulate(program: Callable[..., R], mesh: Mesh, *per_rank: PerRank) -> list[
         program: called as ``program(comm, *args)`` on every rank.
         mesh: the ranks.
         per_rank: for each argument of the program, a sequence of one value per rank.
+        device: ``comm.device``: where what the library makes for a rank is made, such as shards
+            that are loaded. Ranks on a GPU share it, and the caller's stream.
 
     Raises:
         Divergence: a rank awaits a collective that another rank of its fiber never starts, or
@@ -62,7 +69,7 @@ def simulate(program: Callable[..., R], mesh: Mesh, *per_rank: PerRank) -> list[
             raise ValueError(
                 f"per_rank[{position}] has {len(values)} values for the {mesh.size} ranks of {mesh}"
             )
-    world = _World(mesh)
+    world = _World(mesh, torch.device(device))
     # Forward-mode levels are global to the process: the first rank to leave a jvp would clear the
     # tangents of the others. While this outer level is held, no inner one opens or closes it.
     with jvp_increment_nesting(), torch.autograd.forward_ad.dual_level():
@@ -105,9 +112,9 @@ class _Work:
 
 
 class _SimulatedComm(Comm):
-    def __init__(self, world: _World, rank: int) -> None:
+    def __init__(self, world: _World, rank: int, device: torch.device) -> None:
         super().__init__(world.mesh, rank)
-        self.world = world
+        self.world, self.device = world, device
         self.started: dict[tuple[int, ...], int] = {}
 
     def _start(self, op: Op, xs: list[Tensor]) -> Work:
@@ -126,9 +133,9 @@ class _SimulatedComm(Comm):
 class _World:
     """The ranks, the collectives that some of a fiber have started, and whose turn it is."""
 
-    def __init__(self, mesh: Mesh) -> None:
+    def __init__(self, mesh: Mesh, device: torch.device) -> None:
         self.mesh = mesh
-        self.comms = [_SimulatedComm(self, rank) for rank in mesh]
+        self.comms = [_SimulatedComm(self, rank, device) for rank in mesh]
         self.ranks = [_Rank() for _ in mesh]
         self.posted: dict[tuple[tuple[int, ...], int], dict[int, _Work]] = {}
         self.failed: int | None = None
@@ -136,7 +143,7 @@ class _World:
         self.all_ended = threading.Event()
 
     def run(self, program: Callable[..., Any], per_rank: Sequence[PerRank]) -> None:
-        callers_random, grad = stand(), torch.is_grad_enabled()
+        callers_random, grad, stream = stand(), torch.is_grad_enabled(), current_stream()
 
         def body(r: int) -> None:
             rank = self.ranks[r]
@@ -144,6 +151,7 @@ class _World:
             try:
                 # Backward passes stay in this thread: it is the one whose turn it is.
                 with torch.autograd.set_multithreading_enabled(False), torch.set_grad_enabled(grad):
+                    torch.cuda.set_stream(stream) if stream else None
                     self.resume(r)
                     rank.result = program(self.comms[r], *(values[r] for values in per_rank))
             except BaseException as error:

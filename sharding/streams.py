@@ -1,4 +1,4 @@
-"""Random streams: where they stand, and putting them there again."""
+"""Random streams: where they stand, and putting them there again; and the stream of a GPU."""
 
 from __future__ import annotations
 
@@ -40,3 +40,12 @@ def standing(states: list[Tensor]) -> Iterator[None]:
         yield
     finally:
         put(before)
+
+
+def current_stream() -> torch.cuda.Stream | None:
+    """Where this thread's work on its GPU goes, if there is one in use; other threads begin anew.
+
+    >>> current_stream() is None or torch.cuda.is_initialized()
+    True
+    """
+    return torch.cuda.current_stream() if torch.cuda.is_initialized() else None

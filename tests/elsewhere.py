@@ -108,6 +108,9 @@ class Waits(TorchDispatchMode):
         elif remote:
             alone = name.startswith(FUSED)
             assert not any(x.dim() or alone for x in near), f"{name} of tensors on two devices"
+            if name.startswith("_fused"):  # parameters, gradients and moments
+                kinds = {x.dtype for column in args[:4] for x in column}
+                assert len(kinds) == 1, f"{name} of tensors of {kinds}"
             if name in READS or _is_masked(name, args):
                 self.add("read")
         leaves = [x.near if isinstance(x, Remote) else x for x in leaves]

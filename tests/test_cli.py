@@ -231,6 +231,12 @@ def test_arguments_that_contradict_are_refused(
     assert str(error.value) == message
 
 
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="--device cuda: torch finds no GPU here; leave it out"):
+        job.prepare(cli.parser().parse_args(["train", "--device", "cuda"]), None)
+
+
 def test_a_wrong_argument_ends_the_command_with_one_line() -> None:
     with pytest.raises(SystemExit) as error:
         cli.main(["train", "--set", "model.layer=2"])

@@ -5,24 +5,42 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from closeness import assert_close
-from elsewhere import Waits, elsewhere, here, there
+from elsewhere import ELSEWHERE, Remote, Waits, elsewhere, here, there
 from hf_cases import batch_of, build, part_of, plan_of
 from optree import tree_leaves
+from states import a_plan, state_of
 
-from functional_ep import Optimizer, adamw, from_huggingface, init_state, lm, make_train_step, sgd
+from functional_ep import (
+    Optimizer,
+    adamw,
+    from_huggingface,
+    init_state,
+    lm,
+    make_train_step,
+    restore,
+    save,
+    sgd,
+)
+from functional_ep.checkpoint import restoring
 from functional_ep.moe import dispatch
 from functional_ep.routing import count_experts
 from sharding import Comm, Mesh, Precision, expert_parallel, make_plan, simulate, zero3
 from sharding.sharded import Backward
+from sharding.tree import flatten
 
 CFG = lm.Config(vocab=64, dim=32, layers=3, heads=2, experts=8, top_k=2, ffn=32)
 RULES = {"dense": zero3("edp", "ep"), "expert": expert_parallel("ep", store=("edp",))}
 IDS = torch.randint(0, CFG.vocab, (4, 17), generator=torch.Generator().manual_seed(0))
+
+
+def where(away: bool) -> torch.device:
+    return ELSEWHERE if away else torch.device("cpu")
 
 
 def batch_of_ids(ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -59,7 +77,6 @@ def trained(case: Case, away: bool) -> list[tuple[Any, Any, Counts]]:
         with Waits() as waits:
             if away:
                 shards, batch = there(shards), there(batch)
-                comm.device = tree_leaves(shards)[0].device
             state, metrics = init_state(shards, plan, case.optimizer), {}
             for _ in range(3):
                 waits.counts.clear()
@@ -69,7 +86,7 @@ def trained(case: Case, away: bool) -> list[tuple[Any, Any, Counts]]:
             return own(metrics), own(state.params), counts
 
     with elsewhere():
-        return simulate(program, case.mesh, IDS.tensor_split(case.mesh.size))
+        return simulate(program, case.mesh, IDS.tensor_split(case.mesh.size), device=where(away))
 
 
 CASES = {
@@ -109,7 +126,7 @@ def test_the_host_waits_for_the_counts_of_each_layer_and_once_for_the_ranks(name
     votes = {"poll.py": 1} if case.commit else {}
     for _, _, counts in trained(case, True):
         assert waits(counts, "read") == {"moe.py": layers, **ranks, **votes}
-        assert waits(counts, "sent").keys() <= {"agreement.py", "fused.py", "poll.py"}
+        assert waits(counts, "sent").keys() <= {"agreement.py", "poll.py"}
 
 
 def leaves_of(result: Any) -> list[torch.Tensor]:
@@ -137,12 +154,10 @@ def gradients(model_type: str, away: bool) -> tuple[dict[str, torch.Tensor], Cou
     def program(comm: Comm) -> tuple[dict[str, torch.Tensor], Counts]:
         bare, mine = from_huggingface(model), part_of(batch, comm.mesh, comm.rank)
         plan = plan_of(bare, comm.mesh)
-        shards = bare.load(plan, comm)
         loss = bare.loss(plan, comm, training=False)
         with Waits() as counted:
-            if away:
-                shards, mine = there(shards), there(mine)
-                comm.device = next(iter(shards.values())).device
+            shards, mine = bare.load(plan, comm), there(mine) if away else mine
+            counted.counts.clear()
             leaves = [x.requires_grad_() for x in shards.values()]
             total, *_ = loss(shards, mine)
             grads = torch.autograd.grad(total, leaves, materialize_grads=True)
@@ -150,7 +165,7 @@ def gradients(model_type: str, away: bool) -> tuple[dict[str, torch.Tensor], Cou
             return here(found) if away else found, Counter(counted.counts)
 
     with elsewhere():
-        return simulate(program, Mesh(edp=2, ep=2))[0]
+        return simulate(program, Mesh(edp=2, ep=2), device=where(away))[0]
 
 
 # Experts that are modules of their own, complex rotations, biases, an encoder, states, pictures.
@@ -182,19 +197,55 @@ def test_transforms_elsewhere_are_those_on_the_cpu(name: str) -> None:
         with Waits():
             if away:
                 shards, ids = there(shards), there(ids)
-                comm.device = ids.device
             result = TRANSFORMS[name](lambda s, i: loss(s, batch_of_ids(i))[0], shards, ids)
             return tree_leaves(here(result) if away else result)
 
     mesh = Mesh(edp=1, ep=2)
     with elsewhere():
         ranks = [
-            simulate(partial(program, away=away), mesh, IDS.tensor_split(2))
+            simulate(partial(program, away=away), mesh, IDS.tensor_split(2), device=where(away))
             for away in (True, False)
         ]
     for found, expected in zip(*ranks, strict=True):
         for x, y in zip(found, expected, strict=True):
             assert_close(x, y, name)
+
+
+# -- a state that is restored there ----------------------------------------------------------------
+
+
+class Serial:
+    """As many threads as the device of Python has."""
+
+    def __init__(self, threads: int) -> None: ...
+
+    def __enter__(self) -> Serial:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    map = map
+
+
+def test_a_state_is_restored_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(restoring, "ThreadPoolExecutor", Serial)
+    plan = a_plan(Mesh(ep=2), dict.fromkeys(("expert", "dense", "still"), zero3("ep")))
+
+    def saving(comm: Comm) -> None:
+        save(tmp_path / "one", state_of(plan, comm.rank, 3), plan, comm)
+
+    def loading(comm: Comm) -> list[torch.Tensor]:
+        with Waits():
+            state = restore(tmp_path / "one", plan, comm)
+            held, _ = flatten((state.params, state.opt))
+            assert all(isinstance(x, Remote) for x in held)
+            return flatten(here(state))[0]
+
+    simulate(saving, plan.mesh)
+    with elsewhere():
+        for rank, found in enumerate(simulate(loading, plan.mesh, device=ELSEWHERE)):
+            expected, _ = flatten(state_of(plan, rank, 3))
+            assert all(map(torch.equal, found, expected))
 
 
 # -- what the tests have to find -------------------------------------------------------------------
@@ -240,6 +291,19 @@ def test_what_waits_is_counted(what: str, waiting: Callable[[torch.Tensor], Any]
     counts = on_one_rank(waiting)
     found = [kind for kind, _ in counts.elements()]
     assert found == ["sent"] + [what] * bool(what), "the first is the tensor's own way there"
+
+
+def test_leaves_of_several_dtypes_are_updated_elsewhere() -> None:
+    def updated(away: bool) -> list[torch.Tensor]:
+        leaves = [torch.ones(3), torch.ones(2, dtype=torch.bfloat16), torch.ones(1)]
+        with Waits():
+            p, g, m, v = (there(leaves) if away else [x.clone() for x in leaves] for _ in range(4))
+            step, factor = torch.tensor(1), there(torch.tensor(0.5)) if away else torch.tensor(0.5)
+            new, _ = adamw(0.1).update(step, p, g, {"m": m, "v": v}, True, factor)
+            return here(new) if away else new
+
+    with elsewhere():
+        assert all(map(torch.equal, updated(True), updated(False)))
 
 
 def test_an_expert_that_is_none_is_missed_elsewhere() -> None:

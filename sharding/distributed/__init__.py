@@ -9,15 +9,13 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 
-from sharding.distributed.nccl import NcclComm
+from sharding.distributed.nccl import LATER, NcclComm
 from sharding.distributed.pairwise import PairwiseComm
 from sharding.distributed.ranks import DistributedComm
 from sharding.distributed.rendezvous import fresh_store
 from sharding.mesh import Mesh
 
-LATER = 30.0  # seconds after us that NCCL gives up as well, and ends the process
 LONGEST = 200  # bytes of an error that other ranks are told of
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -67,31 +65,49 @@ def distributed(
             f"{mesh} has {mesh.size} ranks, but {world} processes were started: start {mesh.size} "
             f"(torchrun --nproc-per-node {mesh.size}), or axes whose sizes multiply to {world}"
         )
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    kind = device or ("cuda" if _has_cuda(ours) else "cpu")
     if ours:
-        _join(device, timeout)
+        _join(kind, timeout)
+    ends_well = kind == "cpu"  # else NCCL would wait here for ranks that are stuck
     try:
-        kind = NcclComm if device == "cuda" else PairwiseComm
-        sizes = dict(mesh.sizes) or {"world": 1}
-        devices = init_device_mesh(
-            device, tuple(sizes.values()), mesh_dim_names=tuple(sizes.keys())
-        )
-        comm = kind(mesh, dist.get_rank(), devices, timeout)
+        comm = _comm(mesh, timeout, kind)
         try:
             yield comm
         except BaseException as error:
             comm.close(repr(error)[:LONGEST])
             raise
         comm.close()
+        ends_well = True
     finally:
-        if ours:
+        if ours and ends_well:
             dist.destroy_process_group()
 
 
+def _has_cuda(ours: bool) -> bool:
+    """Whether there are GPUs, which a process group that exists already may not be for."""
+    return torch.cuda.is_available() and (ours or "nccl" in dist.get_backend())
+
+
+def _comm(mesh: Mesh, timeout: float, kind: str) -> DistributedComm:
+    backend, wanted = dist.get_backend(), "nccl" if kind == "cuda" else "gloo"
+    if wanted not in backend:
+        raise ValueError(
+            f"distributed(..., device={kind!r}) in a process group of {backend}: that needs one of "
+            f"{wanted}, or leave out device"
+        )
+    if kind == "cpu":
+        return PairwiseComm(mesh, dist.get_rank(), timeout, torch.device(kind))
+    here = torch.device(kind, torch.cuda.current_device())
+    return NcclComm(mesh, dist.get_rank(), timeout, here)
+
+
 def _join(device: str, timeout: float) -> None:
-    """The process group of torchrun's ranks, in a store of this start alone."""
+    """The process group of torchrun's ranks, in a store of this start alone.
+
+    Each has the GPU of its number on the host, or the only one that its launcher lets it see.
+    """
+    if device == "cuda" and torch.cuda.device_count() > 1:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend, later = ("nccl", LATER) if device == "cuda" else ("gloo", 0.0)
     store, rank, ranks = fresh_store(timeout)
     patience = timedelta(seconds=timeout + later)

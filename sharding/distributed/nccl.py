@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from sharding.comm import Divergence, Op, Then, Work
 from sharding.distributed.overdue import Overdue
 from sharding.distributed.ranks import DistributedComm
 from sharding.divergence import Kinds
 from sharding.mesh import Axes, Mesh
+
+LATER = 30.0  # seconds after us that NCCL gives up as well, and ends the process
+
+# As torch calls them, and as it did before 2.13.
+GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+SCATTER: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class _Launched:
@@ -31,6 +37,7 @@ class _Launched:
         return self.out
 
 
+Group = tuple[bool, tuple[int, ...]]  # whether rows are exchanged, and the ranks in ascending order
 Flight = tuple[_Launched, Callable[[list[Tensor]], list[Tensor]]]  # and what is left to do then
 
 
@@ -38,20 +45,19 @@ class NcclComm(DistributedComm):
     """Collectives by NCCL, coalesced: one launch for a list of tensors.
 
     Ranks that part ways are found by their collectives that do not complete within ``timeout``.
-    That part has been run with stand-ins for NCCL's works only, never with NCCL itself.
+    What is launched has been run by another backend, and what is overdue with stand-ins for NCCL's
+    works; none of it with NCCL itself.
     """
 
-    def __init__(self, mesh: Mesh, rank: int, devices: DeviceMesh, timeout: float) -> None:
+    def __init__(self, mesh: Mesh, rank: int, timeout: float, device: torch.device) -> None:
         self.late = Overdue(timeout, self._report)
-        super().__init__(mesh, rank, devices, timeout)
-        self.device = torch.device("cuda", torch.cuda.current_device())
-        self.groups: dict[tuple[int, ...], Any] = {tuple(mesh): dist.group.WORLD}
+        super().__init__(mesh, rank, timeout, device)
+        self.groups: dict[Group, Any] = {(False, tuple(mesh)): dist.group.WORLD}
         self._make_groups()
 
     def on(self, mesh: Mesh) -> NcclComm:
         other = super().on(mesh)
         assert isinstance(other, NcclComm)
-        other.groups = dict(self.groups)
         other._make_groups()
         return other
 
@@ -66,12 +72,20 @@ class NcclComm(DistributedComm):
         return self.parted(f"rank {self.rank} {self.coords} has launched {problem}.", {})
 
     def _make_groups(self) -> None:
-        mesh = self.mesh
-        for axes in _subsets(mesh.axes):
-            fibers = sorted({mesh.fiber(r, axes) for r in mesh})
-            if len(fibers) > 1 and len(fibers[0]) > 1:
-                group, _ = dist.new_subgroups_by_enumeration([list(f) for f in fibers])
-                self.groups[self.fiber(axes)] = group
+        """Two for each set of ranks that is a fiber along some axes, of this mesh or of another.
+
+        A group's collectives run one after another. Rows and their counts, for which the host
+        waits, go through a group of their own, so that they are not behind a gather ahead of time.
+        """
+        patience = timedelta(seconds=self.timeout + LATER)
+        for axes in _subsets(self.mesh.axes):
+            fibers = sorted({tuple(sorted(self.mesh.fiber(r, axes))) for r in self.mesh})
+            (mine,) = [fiber for fiber in fibers if self.rank in fiber]
+            for exchange in (False, True):
+                if len(mine) > 1 and (exchange, mine) not in self.groups:
+                    each = [list(fiber) for fiber in fibers]
+                    group, _ = dist.new_subgroups_by_enumeration(each, timeout=patience)
+                    self.groups[exchange, mine] = group
 
     def _start(self, op: Op, xs: list[Tensor]) -> Work:
         self.late.check()
@@ -81,44 +95,45 @@ class NcclComm(DistributedComm):
         ranks = tuple(sorted(fiber))
         order = [ranks.index(r) for r in fiber]
         xs = [x.detach().contiguous() for x in xs]
-        if op.kind == "all_to_all":
-            launched, arrived = _launch_all_to_all(op, xs, self.groups[ranks], order)
-        else:
-            launched, arrived = self._launch(op, xs, self.groups[ranks], order)
+        exchange = op.kind == "all_to_all"
+        launch = _launch_all_to_all if exchange else _launch
+        launched, arrived = launch(op, xs, self.groups[exchange, ranks], order)
         named = partial(self.place.collective, number, op, what)
-        self.late.launched(ranks, launched.works[-1], named)
+        self.late.launched((exchange, ranks), launched.works[-1], named)
         return Then(launched, arrived)
 
-    def _launch(self, op: Op, xs: list[Tensor], group: Any, order: list[int]) -> Flight:
-        n, ascending = len(order), order == sorted(order)
-        if op.kind == "reduce_scatter" and not ascending:
-            xs = [_permute(x, n, [order.index(i) for i in range(n)]) for x in xs]
-        out: list[Tensor] = list(xs)
-        works: list[Any] = []
-        for dtype in dict.fromkeys(x.dtype for x in xs):  # one launch carries one dtype
-            same = [i for i, x in enumerate(xs) if x.dtype == dtype]
-            with dist._coalescing_manager(group, async_ops=True, device=self.device) as coalesced:
-                for i in same:
-                    out[i] = _launch(op, xs[i], n, group)
-            works += coalesced.works
 
-        def arrived(ys: list[Tensor]) -> list[Tensor]:
-            unsorted = op.kind == "all_gather" and not ascending
-            return [_permute(y, n, order) for y in ys] if unsorted else ys
+def _launch(op: Op, xs: list[Tensor], group: Any, order: list[int]) -> Flight:
+    n, ascending = len(order), order == sorted(order)
+    if op.kind == "reduce_scatter" and not ascending:
+        xs = [_permute(x, n, [order.index(i) for i in range(n)]) for x in xs]
+    out: list[Tensor] = list(xs)
+    works: list[Any] = []
+    for dtype in dict.fromkeys(x.dtype for x in xs):  # one launch carries one dtype
+        same = [i for i, x in enumerate(xs) if x.dtype == dtype]
+        # Without a device: with one, NCCL would be asked to group what is one launch already.
+        with dist._coalescing_manager(group, async_ops=True) as coalesced:
+            for i in same:
+                out[i] = _add(op, xs[i], n, group)
+        works += coalesced.works
 
-        return _Launched(works, out, xs), arrived
+    def arrived(ys: list[Tensor]) -> list[Tensor]:
+        unsorted = op.kind == "all_gather" and not ascending
+        return [_permute(y, n, order) for y in ys] if unsorted else ys
+
+    return _Launched(works, out, xs), arrived
 
 
-def _launch(op: Op, x: Tensor, n: int, group: Any) -> Tensor:
-    """Start one collective; the result is there once the coalesced launch has been awaited."""
+def _add(op: Op, x: Tensor, n: int, group: Any) -> Tensor:
+    """One collective of a launch; its result is there once the launch has been awaited."""
     if op.kind == "all_gather":
         y = x.new_empty(n * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(y, x, group=group)
+        GATHER(y, x, group=group)
     elif op.kind == "reduce_scatter":
         y = x.new_empty(len(x) // n, *x.shape[1:])
-        dist.reduce_scatter_tensor(y, x, group=group)
+        SCATTER(y, x, group=group)
     else:
-        y = x.clone()
+        y = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(y, group=group)
     return y
 
@@ -143,7 +158,8 @@ def _launch_all_to_all(op: Op, xs: list[Tensor], group: Any, order: list[int]) -
 
 def _permute(x: Tensor, n: int, order: list[int]) -> Tensor:
     """The n slices of dim 0 in another order: NCCL knows ranks in ascending order only."""
-    return x.view(n, len(x) // n, *x.shape[1:])[order].view(x.shape)
+    slices = x.view(n, len(x) // n, *x.shape[1:]).unbind()
+    return torch.cat([slices[i] for i in order])
 
 
 def _subsets(axes: Axes) -> Iterator[Axes]:

@@ -14,7 +14,6 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from sharding.buffers import Buffers
 from sharding.comm import Op, Then, Work
@@ -112,8 +111,8 @@ class Exchange:
 class PairwiseComm(DistributedComm):
     """Collectives as parcels between pairs of ranks: in shared memory on a host, else by gloo."""
 
-    def __init__(self, mesh: Mesh, rank: int, devices: DeviceMesh, timeout: float) -> None:
-        super().__init__(mesh, rank, devices, timeout)
+    def __init__(self, mesh: Mesh, rank: int, timeout: float, device: torch.device) -> None:
+        super().__init__(mesh, rank, timeout, device)
         self.buffers, self.outbox = Buffers(), Outbox()
         self.abandoned: list[tuple[list[Sending], list[Arrival]]] = []
         self.unsettled: list[tuple[int, Sending]] = []  # when ranks parted ways

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 
 from sharding.comm import Comm, Divergence
 from sharding.distributed.watch import Watch
@@ -14,12 +14,11 @@ from sharding.mesh import Mesh
 
 
 class DistributedComm(Comm):
-    """One rank of a process group. ``devices`` is the same mesh as torch's ``DeviceMesh``."""
+    """One rank of a process group, whose tensors are on one device."""
 
-    def __init__(self, mesh: Mesh, rank: int, devices: DeviceMesh, timeout: float) -> None:
+    def __init__(self, mesh: Mesh, rank: int, timeout: float, device: torch.device) -> None:
         super().__init__(mesh, rank)
-        self.devices = devices
-        self.timeout = timeout
+        self.timeout, self.device = timeout, device
         store = dist.distributed_c10d._get_default_store()
         self.watch = Watch(self.place, rank, mesh.size, store, self.overdue)
 
