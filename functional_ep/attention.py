@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.torch_version import TorchVersion
 
+from sharding.plain import plain
+
 # Before, the compiler takes what the fused kernel sums up of float64 rows for float32.
 COMPILES_FUSED_FLOAT64 = TorchVersion(torch.__version__) >= "2.13"
 
@@ -73,18 +75,26 @@ def attention(
         causal = torch.ones(s, s, dtype=torch.bool, device=x_BSD.device).tril()
         itself = torch.eye(s, dtype=torch.bool, device=x_BSD.device)
         allowed = (causal & mask_BS[:, None, None, :]) | itself
-    with _kernel(q.dtype):
+    with _kernel(q):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=allowed is None)
     return F.linear(y.transpose(1, 2).reshape(b, s, d), out)
 
 
-def _kernel(dtype: torch.dtype) -> AbstractContextManager[Any]:
+def _kernel(q: Tensor) -> AbstractContextManager[Any]:
     """Fused attention has neither forward mode nor lanes nor a second derivative; plain has all."""
     if torch.compiler.is_compiling():  # which is only done where nothing transforms
-        fused = COMPILES_FUSED_FLOAT64 or dtype != torch.float64
+        fused = COMPILES_FUSED_FLOAT64 or q.dtype != torch.float64
         return nullcontext() if fused else sdpa_kernel(SDPBackend.MATH)
+    return nullcontext() if _differentiated_once(q) else sdpa_kernel(SDPBackend.MATH)
+
+
+def _differentiated_once(q: Tensor) -> bool:
+    """Whether nothing is active, or one reverse mode around what autograd does not record itself.
+
+    What is computed again in a backward pass that is differentiated has autograd around it.
+    """
     stack = _functorch.get_interpreter_stack()
-    grad = _functorch.TransformType.Grad
-    if not stack or (len(stack) == 1 and stack[0].key() == grad):
-        return nullcontext()
-    return sdpa_kernel(SDPBackend.MATH)
+    if not stack:
+        return True
+    one = len(stack) == 1 and stack[0].key() == _functorch.TransformType.Grad
+    return one and not plain(q).requires_grad

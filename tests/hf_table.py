@@ -37,6 +37,12 @@ parameter with plain transformers in one process (float32, eager experts), on {m
 with uneven, padded sequences. *Error* is the largest difference, divided by the largest entry of
 its leaf; the bound is {bound}. `tests/test_T14_huggingface.py` checks the same on more meshes.
 
+A converted model is closed under `grad`, `vjp`, `jvp` and their compositions as far as its own
+operations are. It refuses `vmap`, whose lanes would send different rows to different experts.
+`backward="recompute"` gives the bits of the other modes, but for a few types whose gradients differ
+in the last digits (inkling2, inkling2_text, switch_transformers), and is refused where a part uses
+the parameters of another (deepseek_ocr2, unlimited_ocr, zaya).
+
 | model type | architecture | status | error |
 |---|---|---|---|
 """

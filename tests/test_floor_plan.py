@@ -126,7 +126,7 @@ functional_ep.permute       <- grouped sharding.node
 functional_ep.swiglu        <- grouped sharding.closed sharding.node
 functional_ep.moe           <- grouped permute routing swiglu
                                sharding.closed sharding.collectives sharding.comm sharding.mesh
-functional_ep.attention     <-
+functional_ep.attention     <- sharding.plain
 functional_ep.cross_entropy <- sharding.closed sharding.node
 functional_ep.compile       <- sharding.fetched sharding.node sharding.tree
 functional_ep.architecture  <- attention compile labels moe routing sharding sharding.mesh
@@ -141,7 +141,7 @@ functional_ep.huggingface.convert <- huggingface.lazy huggingface.names huggingf
 functional_ep.huggingface.load    <- huggingface.convert huggingface.lazy huggingface.names
                                      huggingface.source sharding
 functional_ep.huggingface.parts   <-
-functional_ep.huggingface.experts <- grouped moe swiglu sharding.comm sharding.mesh
+functional_ep.huggingface.experts <- grouped moe swiglu sharding.closed sharding.comm sharding.mesh
 functional_ep.huggingface.adapters <- grouped huggingface.experts huggingface.stacks
 functional_ep.huggingface.lora    <- grouped huggingface.experts huggingface.lazy
 functional_ep.huggingface.adapted <- huggingface.load huggingface.source sharding
@@ -158,9 +158,10 @@ functional_ep.huggingface.recording <-
 functional_ep.huggingface.skeleton <-
 functional_ep.huggingface.idle    <-
 functional_ep.huggingface.shift   <-
+functional_ep.huggingface.owner <- huggingface.parts
 functional_ep.huggingface.replica <- compile huggingface.adapters huggingface.experts
-                                     huggingface.parts huggingface.recording
-                                     sharding sharding.mesh sharding.walk
+                                     huggingface.owner huggingface.parts huggingface.recording
+                                     sharding sharding.mesh sharding.plain sharding.walk
 functional_ep.huggingface.objective <- cross_entropy differentiate routing huggingface.idle
                                      huggingface.replica huggingface.shift sharding
 functional_ep.huggingface.model   <- huggingface.adapted huggingface.detect

@@ -10,14 +10,20 @@ import reference
 import torch
 from closeness import assert_close
 from laws import uneven
+from optree import tree_leaves, tree_map
 from torch import Tensor
 
 from functional_ep import label_by_path, lm
 from sharding import Comm, Mesh, Plan, Rule, expert_parallel, make_plan, simulate, zero3
+from sharding.sharded import Backward
 
 CFG = lm.Config(vocab=7, dim=8, layers=2, heads=2, experts=4, top_k=2, ffn=3)
 RULES = {"dense": zero3("edp", "ep"), "expert": expert_parallel("ep", store=("edp",))}
 IDS = torch.arange(8).view(2, 4) % 7
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
 
 
 def plan_on(mesh: Mesh, params: Any) -> Plan:
@@ -150,3 +156,34 @@ def test_padding_changes_nothing_that_is_counted() -> None:
     assert_close(found[0], plain[0], "loss")
     for name, x in plain[1].items():
         assert_close(found[1][name], x, name)
+
+
+@pytest.mark.parametrize("backward", ["keep", "regather", "recompute"])
+@pytest.mark.parametrize("mesh", [Mesh(edp=1, ep=1), Mesh(edp=2, ep=2)], ids=str)
+def test_a_gradient_has_a_gradient(backward: Backward, mesh: Mesh) -> None:
+    """In every mode, also on ranks without a sequence: that of the square of the gradient."""
+    params: Any = lm.init(CFG, dtype=torch.float64)
+
+    def program(comm: Comm, ids: Tensor, along: Any) -> Any:
+        plan = plan_on(comm.mesh, params)
+        loss, shards = lm.loss(CFG, plan, comm, backward), plan.shard(params, comm)
+        batch = {"input_ids": ids, "labels": ids}
+        along = plan.shard(along, comm)
+
+        def slope(shards: Any) -> Tensor:
+            """Of the loss of all ranks along a direction: a sum, of which each rank has a part."""
+            grads = torch.func.grad(lambda s: loss(s, batch)[0])(shards)
+            pairs = zip(tree_leaves(grads), tree_leaves(along), strict=True)
+            return torch.stack([(g * a).sum() for g, a in pairs]).sum()
+
+        by_reverse = torch.func.grad(slope)(shards)
+        gradient = torch.func.grad(lambda s: loss(s, batch)[0])
+        by_forward = torch.func.jvp(gradient, (shards,), (along,))[1]
+        return plan.full(by_reverse, comm), plan.full(by_forward, comm)
+
+    along = tree_map(lambda x: torch.randn(x.shape, dtype=x.dtype, generator=seeded()), params)
+    mine = IDS.tensor_split(mesh.size)
+    for by_reverse, by_forward in simulate(program, mesh, mine, [along] * mesh.size):
+        pairs = zip(tree_leaves(by_reverse), tree_leaves(by_forward), strict=True)
+        for found, expected in pairs:
+            assert_close(found, expected, f"{backward} on {mesh}")

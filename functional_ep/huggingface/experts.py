@@ -18,6 +18,7 @@ from transformers.integrations.moe import use_experts_implementation
 from functional_ep.grouped import grouped_mm
 from functional_ep.moe import Dispatched, bring_back, combine, dispatch
 from functional_ep.swiglu import swiglu_mm
+from sharding.closed import is_mapped
 from sharding.comm import Comm
 from sharding.mesh import Axes
 
@@ -57,6 +58,11 @@ class Place(NamedTuple):
         return combine(rows_RD, weights_TK, way, self.axes, self.comm, wide)
 
     def _there(self, rows: Tensor, ids: Tensor, local: Local) -> tuple[Tensor, Dispatched]:
+        if is_mapped(ids):
+            raise ValueError(
+                "vmap over a converted model: each lane would send other rows to other experts. "
+                "Call it once for each lane (lm.loss and functional_ep.moe do that by themselves)"
+            )
         way = dispatch(rows, ids, self.experts, self.axes, self.comm)
         return local(way.rows_RD, way.counts_e), way
 

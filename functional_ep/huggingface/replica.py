@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from functional_ep.compile import compiled, uncompiled
 from functional_ep.huggingface.adapters import BLOCKS
 from functional_ep.huggingface.experts import Kind, Place
+from functional_ep.huggingface.owner import Owner, stand_in
 from functional_ep.huggingface.parts import Part, parts
 from functional_ep.huggingface.recording import Record
 from sharding import Comm, Plan
 from sharding.mesh import Axes
+from sharding.plain import outside_transforms, plain
 from sharding.walk import Backward, Unit, Walk
 
 Routed = Mapping[str, Kind]
@@ -81,12 +83,11 @@ class Replica:
                 return self.model(**inputs)
         finally:
             self.walk = None
-            for i in tuple(self.bound):
-                self._unbind(i)
+            self._unbind_all()
 
     # -- parameters --------------------------------------------------------------------------------
 
-    def _take_over(self, i: int, part: Part) -> list[_Owner]:
+    def _take_over(self, i: int, part: Part) -> list[Owner]:
         """Whose parameters, by what name, are which view of the part."""
         forward = part.module.forward
 
@@ -104,7 +105,7 @@ class Replica:
         part.module.forward = visit
         read = self._uncompiled(lambda: self._read(i))
         return [
-            _Owner.of(module, part, self.leaves[i], read)
+            Owner.of(module, part, self.leaves[i], read)
             for module in dict.fromkeys(slot.module for slot in part.slots)
         ]
 
@@ -116,6 +117,7 @@ class Replica:
         self._refuse_inside(i)
         if self.backward != "recompute":
             return walk.visit(i, self._bound_call(i, run), args, kwargs)
+        self._unbind_all()  # what was read before; it is gathered again if it is read again
         record = Record()
         compute = record.returned(self._bound_call(i, run))
         return record.add(walk.visit(i, compute, args, kwargs))
@@ -143,8 +145,15 @@ class Replica:
         for owner in self.owners[i]:
             owner.unbind()
 
+    def _unbind_all(self) -> None:
+        for i in tuple(self.bound):
+            self._unbind(i)
+
     def _read(self, i: int) -> None:
-        """Gather a part that is read outside of its call; it stays until the model returns."""
+        """Gather a part that is read outside of its call; it stays until the model returns.
+
+        Or until another is called that is computed again later, and could not have it then.
+        """
         if self.walk is not None and i not in self.bound:
             self._refuse_inside(i)
             self._bind(i, self.walk.look(i))
@@ -162,14 +171,15 @@ class Replica:
         if device == self.device:
             return
         self.device = device
-        for module in self.model.modules():
-            for name, value in module._buffers.items():
-                module._buffers[name] = None if value is None else value.to(device)
-        for unit, owners in zip(self.units, self.owners, strict=True):
-            layouts = unit.plan.layouts
-            absent = [_stand_in(w.shape, w.compute_dtype, device) for w in layouts]
-            for owner in owners:
-                owner.absent.update(owner.values(absent))
+        with outside_transforms():  # they stay
+            for module in self.model.modules():
+                for name, value in module._buffers.items():
+                    module._buffers[name] = None if value is None else value.to(device)
+            for unit, owners in zip(self.units, self.owners, strict=True):
+                layouts = unit.plan.layouts
+                absent = [stand_in(w.shape, w.compute_dtype, device) for w in layouts]
+                for owner in owners:
+                    owner.absent.update(owner.values(absent))
 
     # -- experts -----------------------------------------------------------------------------------
 
@@ -186,7 +196,7 @@ class Replica:
 
         def chosen(ids: Tensor) -> None:
             if self.walk is not None:  # and not when it is computed again in the backward pass
-                self.chosen[path] = ids.detach()
+                self.chosen[path] = plain(ids)
 
         place = Place(experts, axes, self.comm, chosen)
         module.forward = self._uncompiled(kind.forward(module, place))
@@ -199,56 +209,6 @@ def expert_axes(plan: Plan, leaves: Sequence[str]) -> Axes:
     if len(set(found.values())) != 1:
         raise ValueError(f"experts of one layer are split differently: {found}. Give them one rule")
     return found[leaves[0]]
-
-
-class _Owner(NamedTuple):
-    """A module that owns parameters: it has a plain dict of views, or one that has them gathered.
-
-    So that reading a parameter, which layers do all the time, costs what it costs in any module.
-    """
-
-    module: nn.Module
-    places: tuple[tuple[str, int | None], ...]  # which view of the part; none: a bias that is None
-    absent: _Absent
-
-    @classmethod
-    def of(
-        cls, module: nn.Module, part: Part, leaves: Sequence[str], read: Callable[[], None]
-    ) -> _Owner:
-        views = {s.attribute: leaves.index(s.leaf) for s in part.slots if s.module is module}
-        places = tuple((name, views.get(name)) for name in module._parameters)
-        owner = cls(module, places, _Absent(module, read))
-        owner.unbind()
-        return owner
-
-    def values(self, views: Sequence[Tensor]) -> dict[str, Any]:
-        """The module's parameters, made of the part's views."""
-        return {name: None if i is None else views[i] for name, i in self.places}
-
-    def bind(self, views: Sequence[Tensor]) -> None:
-        self.module.__dict__["_parameters"] = self.values(views)
-
-    def unbind(self) -> None:
-        self.module.__dict__["_parameters"] = self.absent
-
-
-class _Absent(dict[str, Any]):
-    """A module's parameters while they are not there; reading one has its part gathered."""
-
-    def __init__(self, module: nn.Module, read: Callable[[], None]) -> None:
-        super().__init__(module._parameters)
-        self.module, self.read = module, read
-
-    def __getitem__(self, name: str) -> Any:
-        self.read()
-        now: Any = self.module._parameters
-        return super().__getitem__(name) if now is self else now[name]
-
-
-def _stand_in(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> nn.Parameter:
-    """A parameter that takes no memory, and shows if it is computed with."""
-    nothing = torch.full((), torch.nan, dtype=dtype, device=device)
-    return nn.Parameter(nothing.expand(shape), requires_grad=False)
 
 
 def _owner(model: nn.Module, name: str) -> nn.Module:
