@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sharding import Comm, Plan, sharded
+from sharding.closed import is_mapped
 from sharding.sharded import Backward
 
 from .architecture import Config, Params, constants_of, functions, init, labels, units
@@ -68,7 +69,7 @@ def loss(
     run = sharded(functions(cfg, plan, comm, compile), plan.at(units(plan.tree)), comm, backward)
 
     def total(shards: Params, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        input_ids, targets = _checked(batch)
+        input_ids, targets = _checked(batch, cfg.vocab)
         constants = constants_of(cfg, input_ids, batch.get("attention_mask"))
         logits, layers = run(units(shards), input_ids, constants)
         nll = cross_entropy(logits.flatten(0, 1), targets.flatten())
@@ -101,7 +102,9 @@ def _auxiliary(
     return balance, z, tokens, all_labels.double() / all_tokens.clamp(min=1)
 
 
-def _checked(batch: Batch) -> tuple[Tensor, Tensor]:
+def _checked(batch: Batch, vocab: int) -> tuple[Tensor, Tensor]:
+    if not isinstance(batch, Mapping):
+        raise ValueError(f"a batch is a dict of input_ids and labels, not {type(batch).__name__}")
     for name in ("input_ids", "labels"):
         if name not in batch:
             raise ValueError(f"batch[{name!r}] is missing; the batch has {sorted(batch)}")
@@ -111,4 +114,23 @@ def _checked(batch: Batch) -> tuple[Tensor, Tensor]:
             f"batch['input_ids'] {tuple(input_ids.shape)} and batch['labels'] "
             f"{tuple(targets.shape)} must have one shape (B, S)"
         )
+    mask = batch.get("attention_mask")
+    if mask is not None and mask.shape != input_ids.shape:
+        raise ValueError(
+            f"batch['attention_mask'] {tuple(mask.shape)} must have the shape of the ids, "
+            f"{tuple(input_ids.shape)}"
+        )
+    _check_range(input_ids, "input_ids", vocab)
+    _check_range(targets, "labels", vocab, IGNORE)
     return input_ids, targets
+
+
+def _check_range(ids: Tensor, name: str, vocab: int, other: int | None = None) -> None:
+    """Refuse ids outside of the vocabulary, where reading them is not to wait for them."""
+    if ids.device.type != "cpu" or not ids.numel() or is_mapped(ids):
+        return
+    wrong = (ids < 0) | (ids >= vocab)
+    wrong = wrong if other is None else wrong & (ids != other)
+    if bool(wrong.any()):
+        allowed = f"0 to {vocab - 1}" + ("" if other is None else f", or {other} for none")
+        raise ValueError(f"batch[{name!r}] has {int(ids[wrong][0])}: ids are {allowed}")

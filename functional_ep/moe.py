@@ -49,7 +49,8 @@ def dispatch(x_TD: Tensor, ids_TK: Tensor, experts: int, axes: Axes, comm: Comm)
         comm: the ranks.
 
     Raises:
-        ValueError: ids out of range, or experts that do not divide by the ranks.
+        ValueError: shapes that do not fit, ids that are no experts, or experts that do not divide
+            by the ranks.
 
     >>> from sharding import Mesh, simulate
     >>> x, ids = torch.tensor([[1.0], [2.0]]), torch.tensor([[1], [0]])
@@ -57,6 +58,13 @@ def dispatch(x_TD: Tensor, ids_TK: Tensor, experts: int, axes: Axes, comm: Comm)
     [[[2.0], [2.0]], [[1.0], [1.0]]]
     """
     ranks = comm.mesh.count(axes)
+    if x_TD.dim() != 2 or ids_TK.dim() != 2 or len(x_TD) != len(ids_TK):
+        raise ValueError(
+            f"dispatch: tokens {tuple(x_TD.shape)} and ids {tuple(ids_TK.shape)}, which have to be "
+            "(T, D) and (T, K)"
+        )
+    if ids_TK.is_floating_point():
+        raise ValueError(f"dispatch: ids are {ids_TK.dtype}, and have to be integers")
     if experts % ranks:
         raise ValueError(f"{experts} experts do not divide by the {ranks} ranks along {axes}")
     counts_E = count_experts(ids_TK, experts)

@@ -6,6 +6,7 @@ stale. ``update`` works on lists of shards; it is elementwise, so it commutes wi
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple, Protocol
 
@@ -65,6 +66,7 @@ def by_label(optimizers: Optimizer | Mapping[str, Optimizer], plan: Plan) -> dic
         ValueError: labels and optimizers that do not match; both sets are named.
     """
     if isinstance(optimizers, Optimizer):
+        _check_update(optimizers, "the optimizer")
         return dict.fromkeys(plan.trained, optimizers)
     if not isinstance(optimizers, Mapping):
         raise TypeError(
@@ -76,7 +78,22 @@ def by_label(optimizers: Optimizer | Mapping[str, Optimizer], plan: Plan) -> dic
             f"optimizers are given for {sorted(optimizers)}, but the labels to train are "
             f"{sorted(plan.trained)}{frozen}: give one for each of them, or a single one for all"
         )
+    for label, optimizer in optimizers.items():
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizers[{label!r}] is {optimizer!r}: an Optimizer is needed")
+        _check_update(optimizer, f"optimizers[{label!r}]")
     return {label: optimizers[label] for label in plan.trained}
+
+
+def _check_update(optimizer: Optimizer, name: str) -> None:
+    """Refuse an update of one's own that cannot be called as updates are."""
+    try:
+        inspect.signature(optimizer.update).bind(*range(6))
+    except TypeError as error:
+        raise TypeError(
+            f"{name}: update is called as update(step, params, grads, moments, donate, factor), "
+            f"and this one has {error}"
+        ) from None
 
 
 def sgd(

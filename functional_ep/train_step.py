@@ -55,8 +55,8 @@ def make_train_step(
 
     Args:
         loss: ``loss(shards, batch) -> (sum, count)`` or ``(sum, count, aux)``, local to the rank:
-            the sum of the losses of its tokens, how many they are, and a dict of tensors to be
-            summed over microbatches and ranks for the metrics.
+            the sum of the losses of its tokens, how many they are (or the sum of their weights),
+            and a dict of tensors to be summed over microbatches and ranks for the metrics.
         plan: of the params.
         optimizers: one for all labels, or one for each.
         comm: the ranks; all take part in every step, also one whose batch is empty.

@@ -11,6 +11,7 @@ import optree
 import torch
 from torch import Tensor
 
+from .arguments import check_kinds, frozen_labels, precision_by_label
 from .comm import Comm, Op
 from .footprint import footprint
 from .gather import Layout, Precision, gather
@@ -207,6 +208,7 @@ def make_plan(
         ValueError: with path, found, expected and fix, for: a label without a rule, or a rule, a
             precision or ``frozen`` without a leaf; an axis not on the mesh; dim 0 not divisible by
             the compute axes; a leaf that is no floating-point tensor (``None`` included).
+        TypeError: labels, rules, mesh or precision that are something else.
 
     >>> from sharding import zero3
     >>> params = {"w": torch.zeros(4, 2), "b": torch.zeros(2)}
@@ -214,6 +216,7 @@ def make_plan(
     >>> plan["w"].tree
     Leaf(path='w', shape=(4, 2), dtype=torch.float32, label='dense')
     """
+    check_kinds(label_of, rules, mesh)
     leaves, spec = flatten(params)
     paths = path_strings(params)
     refuse_repeated(paths)
@@ -221,11 +224,6 @@ def make_plan(
     labels, label_spec = flatten(labels_tree)
     if label_spec != spec:
         raise ValueError("labels and params differ:\n" + describe_difference(labels_tree, params))
-    for label, rule in rules.items():
-        try:
-            mesh.check(rule.axes)
-        except ValueError as error:
-            raise ValueError(f"rules[{label!r}] = {rule}: {error}") from None
     made = [make_leaf(*each, rules, mesh) for each in zip(paths, leaves, labels, strict=True)]
     idle = [label for label in rules if label not in set(labels)]
     if idle:
@@ -233,19 +231,5 @@ def make_plan(
             f"rules[{idle[0]!r}] has no leaf: the labels in use are {sorted(set(labels))}. "
             f"Remove the rule, or label a leaf {idle[0]!r}"
         )
-    by_label = dict.fromkeys(rules, precision) if isinstance(precision, Precision) else precision
-    unknown = [label for label in by_label or {} if label not in rules]
-    if unknown:
-        raise ValueError(f"precision[{unknown[0]!r}]: no such label; rules are for {list(rules)}")
-    return Plan(
-        unflatten(spec, made), dict(rules), mesh, dict(by_label or {}), _frozen(frozen, rules)
-    )
-
-
-def _frozen(frozen: Collection[str], rules: Mapping[str, Rule]) -> frozenset[str]:
-    if isinstance(frozen, str):
-        raise ValueError(f"frozen={frozen!r}: labels are needed, not a string: write ({frozen!r},)")
-    unknown = [label for label in frozen if label not in rules]
-    if unknown:
-        raise ValueError(f"frozen names {unknown[0]!r}: no such label; rules are for {list(rules)}")
-    return frozenset(frozen)
+    by_label, still = precision_by_label(precision, rules), frozen_labels(frozen, rules)
+    return Plan(unflatten(spec, made), dict(rules), mesh, by_label, still)

@@ -36,7 +36,8 @@ sharding.collectives        <- comm mesh node
 sharding.gather             <- collectives comm mesh rule
 sharding.footprint          <- gather
 sharding.leaf               <- mesh rule tree
-sharding.plan               <- comm footprint gather leaf mesh rule tree
+sharding.arguments          <- gather mesh rule
+sharding.plan               <- arguments comm footprint gather leaf mesh rule tree
 sharding.reshard            <- comm gather plan rule tree
 sharding.closed             <- node streams
 sharding.fetched            <- comm gather node plain
@@ -131,7 +132,7 @@ functional_ep.cross_entropy <- sharding.closed sharding.node
 functional_ep.compile       <- sharding.fetched sharding.node sharding.tree
 functional_ep.architecture  <- attention compile labels moe routing sharding sharding.mesh
 functional_ep.lm            <- architecture cross_entropy differentiate routing
-                               sharding sharding.sharded
+                               sharding sharding.closed sharding.sharded
 functional_ep.huggingface.moves   <- box
 functional_ep.huggingface.lazy    <- box huggingface.moves
 functional_ep.huggingface.source  <- huggingface.lazy huggingface.moves safetensors_file

@@ -367,6 +367,7 @@ def test_bad_input_is_one_clear_error() -> None:
         "a config has no weights": lambda p, c: from_huggingface(model.config).load(p, c),
         "is on the meta device": lambda p, c: from_huggingface(bare.skeleton).load(p, c),
         "the input ids themselves": lambda p, c: loss(p, c, {"input_ids": ids, "labels": ids}),
+        "a batch is a dict .*, not list": lambda p, c: loss(p, c, [ids, ids]),
         "a batch has input_ids and labels": lambda p, c: loss(p, c, {"input_ids": ids}),
         "must have one shape": lambda p, c: loss(p, c, {"input_ids": ids, "labels": ids[:1]}),
         "router_loss='local'": lambda p, c: loss(p, c, batch, router_loss="local"),

@@ -50,6 +50,10 @@ def test_impossible_models_are_refused(change: dict[str, Any], message: str) -> 
         ({"input_ids": IDS}, r"batch\['labels'\] is missing; the batch has \['input_ids'\]"),
         ({"input_ids": IDS, "labels": IDS[:, 1:]}, r"\(2, 4\) and batch\['labels'\] \(2, 3\)"),
         ({"input_ids": IDS[0], "labels": IDS[0]}, r"one shape \(B, S\)"),
+        ((IDS, IDS), "a batch is a dict of input_ids and labels, not tuple"),
+        ({"input_ids": IDS, "labels": IDS, "attention_mask": IDS[0]}, r"mask'\] \(4,\) must have"),
+        ({"input_ids": IDS + 1, "labels": IDS}, r"batch\['input_ids'\] has 7: ids are 0 to 6"),
+        ({"input_ids": IDS, "labels": IDS - 1}, r"has -1: ids are 0 to 6, or -100 for none"),
     ],
 )
 def test_batches_without_ids_and_labels_are_refused(batch: Any, message: str) -> None:

@@ -122,6 +122,28 @@ def test_make_plan_refuses(changed: dict[str, Any], message: str) -> None:
     assert str(caught.value).startswith(message)
 
 
+BF16 = torch.bfloat16
+OF_ANOTHER_KIND: list[tuple[dict[str, Any], str]] = [
+    ({"mesh": 2}, "mesh=2: a Mesh is needed"),
+    ({"label_of": "dense"}, "the labels are 'dense': a tree of labels"),
+    ({"rules": [replicated()]}, "rules=[Rule(compute=(), store=())]: a dict of one Rule for each"),
+    ({"rules": {"dense": ("edp",)}}, "rules['dense'] = ('edp',): a Rule is needed"),
+    ({"precision": BF16}, "precision=torch.bfloat16: wanted is Precision(compute=torch.bfloat16)"),
+    ({"precision": "bf16"}, "precision='bf16': wanted is Precision(compute=torch.bfloat16)"),
+    ({"precision": {"dense": BF16}}, "precision['dense'] = torch.bfloat16: wanted is"),
+    ({"precision": Precision("bf16")}, "Precision(compute='bf16'): a floating-point dtype"),  # pyright: ignore[reportArgumentType]
+    ({"precision": Precision(reduce=torch.int64)}, "Precision(reduce=torch.int64): a floating"),
+]
+
+
+@pytest.mark.parametrize(("changed", "message"), OF_ANOTHER_KIND)
+def test_make_plan_refuses_other_kinds(changed: dict[str, Any], message: str) -> None:
+    right: dict[str, Any] = {"params": PARAMS, "label_of": LABELS, "rules": RULES, "mesh": MESH}
+    with pytest.raises(TypeError) as caught:
+        make_plan(**(right | changed))
+    assert str(caught.value).startswith(message)
+
+
 def test_a_rule_refuses_a_repeated_axis() -> None:
     with pytest.raises(ValueError) as caught:
         Rule(compute=("ep",), store=("edp", "ep"))

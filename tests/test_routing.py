@@ -117,6 +117,22 @@ def test_ids_out_of_range_are_refused(bad: int) -> None:
         simulate(lambda comm: dispatch(x_TD, ids_TK, 3, ("ep",), comm), Mesh(ep=3))
 
 
+@pytest.mark.parametrize(
+    ("x_TD", "ids_TK", "message"),
+    [
+        (torch.zeros(6, 3), torch.zeros(5, 2).long(), r"tokens \(6, 3\) and ids \(5, 2\), which"),
+        (torch.zeros(2, 3, 3), torch.zeros(2, 2).long(), r"tokens \(2, 3, 3\) and ids"),
+        (torch.zeros(2, 3), torch.zeros(2).long(), r"and ids \(2,\), which have to be \(T, D\)"),
+        (torch.zeros(2, 3), torch.zeros(2, 2), r"ids are torch.float32, and have to be integers"),
+    ],
+)
+def test_tokens_and_ids_that_do_not_fit_are_refused(
+    x_TD: torch.Tensor, ids_TK: torch.Tensor, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        simulate(lambda comm: dispatch(x_TD, ids_TK, 3, (), comm), Mesh())
+
+
 def test_experts_that_do_not_divide_by_the_ranks_are_refused() -> None:
     def program(comm: Comm) -> None:
         dispatch(torch.zeros(1, 1), torch.tensor([[0]]), 3, ("ep",), comm)

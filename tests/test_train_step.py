@@ -105,6 +105,11 @@ def test_bad_arguments_are_refused() -> None:
     torch_s: Any = torch.optim.Adam
     with pytest.raises(TypeError, match=r"optimizers are .*Adam.*a dict of them by label"):
         init_state(PARAMS, a_plan(Mesh(edp=1)), torch_s)
+    with pytest.raises(TypeError, match=r"\['dense'\] is .*Adam.*: an Optimizer is needed"):
+        init_state(PARAMS, a_plan(Mesh(edp=1)), {"dense": torch_s})
+    short: Any = sgd(0.1)._replace(update=lambda step, params, grads, moments, donate: (params, {}))
+    with pytest.raises(TypeError, match=r"the optimizer: update is called as .* too many"):
+        init_state(PARAMS, a_plan(Mesh(edp=1)), short)
     with pytest.raises(ValueError, match="plan was made for Mesh"):
         simulate(lambda comm: make_train_step(squares, a_plan(), sgd(0.1), comm), Mesh(edp=1))
     with pytest.raises(ValueError, match="nesterov=True needs a momentum"):

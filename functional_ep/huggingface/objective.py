@@ -171,6 +171,8 @@ class Objective:
 
 def _checked(batch: Batch) -> tuple[dict[str, Any], Tensor]:
     """The model's inputs and the labels, which it does not get to see: it would shift them."""
+    if not isinstance(batch, Mapping):
+        raise ValueError(f"a batch is a dict of input_ids and labels, not {type(batch).__name__}")
     inputs = dict(batch)
     labels = inputs.pop("labels", None)
     ids = inputs.get("decoder_input_ids", inputs.get("input_ids"))
