@@ -10,17 +10,13 @@ import torch
 from .gather import Precision
 from .mesh import Mesh
 from .rule import Rule
+from .tree import describe_difference, structure
 
 
-def check_kinds(labels: Any, rules: Any, mesh: Any) -> None:
-    """Refuse what is no tree of labels, no rules, or no mesh, and axes that the mesh has not."""
+def check_kinds(rules: Any, mesh: Any) -> None:
+    """Refuse what is no dict of rules, or no mesh, and axes that the mesh has not."""
     if not isinstance(mesh, Mesh):
         raise TypeError(f"mesh={mesh!r}: a Mesh is needed, such as Mesh(edp=2, ep=4)")
-    if isinstance(labels, str):
-        raise TypeError(
-            f"the labels are {labels!r}: a tree of labels in the shape of the params is needed, or "
-            f"a function that makes one: write label_by_path({{}}, default={labels!r})"
-        )
     if not isinstance(rules, Mapping):
         raise TypeError(f"rules={rules!r}: a dict of one Rule for each label is needed")
     for label, rule in rules.items():
@@ -30,6 +26,18 @@ def check_kinds(labels: Any, rules: Any, mesh: Any) -> None:
             mesh.check(rule.axes)
         except ValueError as error:
             raise ValueError(f"rules[{label!r}] = {rule}: {error}") from None
+
+
+def check_structure(labels: Any, params: Any) -> None:
+    """Refuse labels that are no tree in the shape of the params."""
+    if structure(labels) == structure(params):
+        return
+    if isinstance(labels, str):
+        raise ValueError(
+            f"the labels are {labels!r}, and have to be a tree in the shape of the params, or a "
+            f"function that makes one: label_by_path({{}}, default={labels!r})"
+        )
+    raise ValueError("labels and params differ:\n" + describe_difference(labels, params))
 
 
 def precision_by_label(precision: Any, rules: Mapping[str, Rule]) -> dict[str, Precision]:

@@ -11,7 +11,7 @@ import optree
 import torch
 from torch import Tensor
 
-from .arguments import check_kinds, frozen_labels, precision_by_label
+from .arguments import check_kinds, check_structure, frozen_labels, precision_by_label
 from .comm import Comm, Op
 from .footprint import footprint
 from .gather import Layout, Precision, gather
@@ -208,7 +208,7 @@ def make_plan(
         ValueError: with path, found, expected and fix, for: a label without a rule, or a rule, a
             precision or ``frozen`` without a leaf; an axis not on the mesh; dim 0 not divisible by
             the compute axes; a leaf that is no floating-point tensor (``None`` included).
-        TypeError: labels, rules, mesh or precision that are something else.
+        TypeError: rules, a mesh or a precision that are something else.
 
     >>> from sharding import zero3
     >>> params = {"w": torch.zeros(4, 2), "b": torch.zeros(2)}
@@ -216,14 +216,13 @@ def make_plan(
     >>> plan["w"].tree
     Leaf(path='w', shape=(4, 2), dtype=torch.float32, label='dense')
     """
-    check_kinds(label_of, rules, mesh)
+    check_kinds(rules, mesh)
     leaves, spec = flatten(params)
     paths = path_strings(params)
     refuse_repeated(paths)
     labels_tree = label_of(params) if callable(label_of) else label_of
-    labels, label_spec = flatten(labels_tree)
-    if label_spec != spec:
-        raise ValueError("labels and params differ:\n" + describe_difference(labels_tree, params))
+    check_structure(labels_tree, params)
+    labels, _ = flatten(labels_tree)
     made = [make_leaf(*each, rules, mesh) for each in zip(paths, leaves, labels, strict=True)]
     idle = [label for label in rules if label not in set(labels)]
     if idle:

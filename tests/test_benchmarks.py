@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import moe_block
+import moe_systems
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -107,3 +111,42 @@ def test_a_model_trained_rank_by_rank_makes_the_steps_of_one_trained_at_once(
     for at_once, apart in losses:
         assert apart == pytest.approx(at_once, rel=1e-6)
     assert losses[2][0] != pytest.approx(losses[0][0], rel=1e-3)
+
+
+# -- a MoE block -----------------------------------------------------------------------------------
+
+
+def test_the_systems_of_a_moe_block_agree_or_say_why_not(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    moe_block.main(["--shrink", "32", "--tokens", "64", "--dtype", "float32", "--rounds", "1"])
+    printed = capsys.readouterr().out
+    for name in ("mixtral", "deepseek"):
+        rows = printed.split(f"\n{name}: ")[1].split("\n\n")[0].splitlines()
+        by_name = {row[:26].strip(): row for row in rows[2:]}
+        assert set(by_name) == {moe_systems.SQUARE, *moe_systems.SYSTEMS}
+        for system in ("functional-ep", "transformers, grouped_mm"):
+            assert float(by_name[system].split()[-2]) < 1e-5, by_name[system]
+
+
+def measured(systems: dict[str, moe_systems.System]) -> dict[str, moe_block.Measured]:
+    block = moe_systems.Block(16, 32, experts=4, top_k=2)
+    inputs = moe_systems.make_inputs(block, 24, torch.device("cpu"))
+    run = partial(moe_block.measure, block, inputs, systems, 2)
+    return simulate(run, Mesh())[0]
+
+
+def test_a_block_that_is_another_is_seen_by_its_gradients() -> None:
+    def without_scores(block: moe_systems.Block, inputs: moe_systems.Inputs, comm: Comm) -> Any:
+        return moe_systems.ours(block._replace(top_k=1), inputs, comm)
+
+    def broken(block: moe_systems.Block, inputs: moe_systems.Inputs, comm: Comm) -> Any:
+        raise ImportError("no such\nkernel")
+
+    found = measured({"ours": moe_systems.ours, "wrong": without_scores, "broken": broken})
+    assert found["ours"].error is not None and found["ours"].error < 1e-5
+    assert found["wrong"].error is not None and found["wrong"].error > 0.1
+    assert found["broken"].failed == "ImportError: no such kernel"
+    printed = moe_block.table(found, peak=1e12)
+    assert "not run: ImportError: no such kernel" in printed and "MFU" in printed
+    assert all(len(each.seconds) == 2 for each in found.values() if not each.failed)

@@ -36,7 +36,7 @@ sharding.collectives        <- comm mesh node
 sharding.gather             <- collectives comm mesh rule
 sharding.footprint          <- gather
 sharding.leaf               <- mesh rule tree
-sharding.arguments          <- gather mesh rule
+sharding.arguments          <- gather mesh rule tree
 sharding.plan               <- arguments comm footprint gather leaf mesh rule tree
 sharding.reshard            <- comm gather plan rule tree
 sharding.closed             <- node streams

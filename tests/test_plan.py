@@ -104,6 +104,12 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         "params['blocks'][0]['w1'] (4, 3) has the label None, which has no rule",
     ),
     (
+        "one label",
+        {"label_of": "dense"},
+        "the labels are 'dense', and have to be a tree in the shape of the params, or a function "
+        "that makes one: label_by_path({}, default='dense')",
+    ),
+    (
         "a precision for no label",
         {"precision": {"experts": Precision()}},
         "precision['experts']: no such label; rules are for ['dense', 'expert']",
@@ -125,7 +131,6 @@ def test_make_plan_refuses(changed: dict[str, Any], message: str) -> None:
 BF16 = torch.bfloat16
 OF_ANOTHER_KIND: list[tuple[dict[str, Any], str]] = [
     ({"mesh": 2}, "mesh=2: a Mesh is needed"),
-    ({"label_of": "dense"}, "the labels are 'dense': a tree of labels"),
     ({"rules": [replicated()]}, "rules=[Rule(compute=(), store=())]: a dict of one Rule for each"),
     ({"rules": {"dense": ("edp",)}}, "rules['dense'] = ('edp',): a Rule is needed"),
     ({"precision": BF16}, "precision=torch.bfloat16: wanted is Precision(compute=torch.bfloat16)"),
