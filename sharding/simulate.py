@@ -21,7 +21,7 @@ from .comm import Comm, Divergence, Op, Work
 from .divergence import kinds, mismatch, table, where
 from .mesh import Mesh
 from .specification import specification
-from .streams import current_stream, put, stand
+from .streams import current_stream, go_on, put, stand
 
 R = TypeVar("R")
 PerRank = Sequence[Any] | Tensor  # one value for each rank
@@ -151,7 +151,7 @@ class _World:
             try:
                 # Backward passes stay in this thread: it is the one whose turn it is.
                 with torch.autograd.set_multithreading_enabled(False), torch.set_grad_enabled(grad):
-                    torch.cuda.set_stream(stream) if stream else None
+                    go_on(stream)
                     self.resume(r)
                     rank.result = program(self.comms[r], *(values[r] for values in per_rank))
             except BaseException as error:

@@ -49,3 +49,9 @@ def current_stream() -> torch.cuda.Stream | None:
     True
     """
     return torch.cuda.current_stream() if torch.cuda.is_initialized() else None
+
+
+def go_on(stream: torch.cuda.Stream | None) -> None:
+    """Let this thread's work go on that stream, and be on its GPU."""
+    if stream is not None:
+        torch.cuda.set_stream(stream)

@@ -63,6 +63,19 @@ def test_an_existing_process_group_is_used_and_left(ranks2: Farm) -> None:
     assert ranks2.run(enter_other_meshes, MESH) == [["2.0", "2.0", refusal, "2.0"]] * 2
 
 
+def enter_on_cuda(comm: Comm) -> str:
+    try:
+        with distributed(MESH, device="cuda"):
+            return "entered"
+    except ValueError as error:
+        return str(error)
+
+
+def test_a_process_group_of_another_backend_is_refused(ranks2: Farm) -> None:
+    for found in ranks2.run(enter_on_cuda, MESH):
+        assert found.startswith("distributed(..., device='cuda') in a process group of gloo: that")
+
+
 # -- ranks that part ways ------------------------------------------------------------------------
 
 

@@ -85,15 +85,20 @@ def distributed(
 
 def _has_cuda(ours: bool) -> bool:
     """Whether there are GPUs, which a process group that exists already may not be for."""
-    return torch.cuda.is_available() and (ours or "nccl" in dist.get_backend())
+    return torch.cuda.is_available() and (ours or _serves("nccl"))
+
+
+def _serves(backend: str) -> bool:
+    """Whether the process group is of this backend; one that was begun without has all."""
+    return any(name in dist.get_backend() for name in (backend, "undefined"))
 
 
 def _comm(mesh: Mesh, timeout: float, kind: str) -> DistributedComm:
-    backend, wanted = dist.get_backend(), "nccl" if kind == "cuda" else "gloo"
-    if wanted not in backend:
+    wanted = "nccl" if kind == "cuda" else "gloo"
+    if not _serves(wanted):
         raise ValueError(
-            f"distributed(..., device={kind!r}) in a process group of {backend}: that needs one of "
-            f"{wanted}, or leave out device"
+            f"distributed(..., device={kind!r}) in a process group of {dist.get_backend()}: that "
+            f"needs one of {wanted}, or leave out device"
         )
     if kind == "cpu":
         return PairwiseComm(mesh, dist.get_rank(), timeout, torch.device(kind))
