@@ -46,11 +46,14 @@ class _Kernel:
 
     def __init__(self, step: Tensor, hyper: dict[str, float], factor: Tensor | None) -> None:
         self.step, self.hyper, self.factor = float(step + 1), hyper, factor
+        self.steps: dict[torch.device, Tensor] = {}
         self.scale = None if factor is None else (1 / factor).float()
 
     def __call__(self, columns: Columns) -> None:
         device = columns[0][0].device
-        steps = [torch.full((), self.step, device=device)] * len(columns[0])  # nothing is sent
+        if device not in self.steps:  # made there, which sends nothing
+            self.steps[device] = torch.full((), self.step, dtype=torch.float32, device=device)
+        steps = [self.steps[device]] * len(columns[0])
         scale = None
         if self.scale is not None and all(g.dtype.itemsize <= 4 for g in columns[1]):
             scale = self.scale.to(device)

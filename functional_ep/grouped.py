@@ -181,8 +181,8 @@ class _GroupedOuter(Node):
         if not _has_kernel(g, x):
             return outer_by_expert(g, x, counts)
         o = torch.nn.functional.grouped_mm(g.t(), x, offs=counts.ends(x.device))
-        idle = [o_e for o_e, rows in zip(o.unbind(), counts, strict=True) if not rows]
-        if idle and o.is_cuda:  # Blackwell's kernel leaves them as they are: pytorch/pytorch#172439
+        if o.is_cuda and not all(counts):  # pytorch/pytorch#172439: on Blackwell they are left
+            idle = [o_e for o_e, rows in zip(o.unbind(), counts, strict=True) if not rows]
             torch._foreach_zero_(idle)
         return o
 

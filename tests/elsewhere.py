@@ -111,6 +111,7 @@ class Waits(TorchDispatchMode):
             if name.startswith("_fused"):  # parameters, gradients and moments
                 kinds = {x.dtype for column in args[:4] for x in column}
                 assert len(kinds) == 1, f"{name} of tensors of {kinds}"
+                assert all(x.dtype == torch.float32 for x in args[5]), "a step is a float32 there"
             if name in READS or _is_masked(name, args):
                 self.add("read")
         leaves = [x.near if isinstance(x, Remote) else x for x in leaves]

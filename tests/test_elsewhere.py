@@ -302,16 +302,23 @@ def test_leaves_of_several_dtypes_are_updated_elsewhere() -> None:
             new, _ = adamw(0.1).update(step, p, g, {"m": m, "v": v}, True, factor)
             return here(new) if away else new
 
+    usual = torch.get_default_dtype()
     with elsewhere():
         assert all(map(torch.equal, updated(True), updated(False)))
+        try:
+            torch.set_default_dtype(torch.float64)
+            updated(True)
+        finally:
+            torch.set_default_dtype(usual)
 
 
-def test_an_expert_that_is_none_is_missed_elsewhere() -> None:
+@pytest.mark.parametrize("mesh", [Mesh(ep=1), Mesh(ep=2)], ids=str)
+def test_an_expert_that_is_none_is_missed_elsewhere(mesh: Mesh) -> None:
     def run(comm: Comm) -> None:
         with Waits():
             ids = there(torch.tensor([[0, 4], [-1, 2]]))
             assert here(count_experts(ids, 4)).tolist() == [1, 0, 1, 0]
-            dispatch(there(torch.ones(2, 3)), ids, 4, (), comm)
+            dispatch(there(torch.ones(2, 3)), ids, 4, ("ep",), comm)
 
     with elsewhere(), pytest.raises(ValueError, match="2 of 4 expert ids are not from 0 to 3"):
-        simulate(run, Mesh())
+        simulate(run, mesh)
