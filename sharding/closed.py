@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
-from types import FunctionType, MethodType
 from typing import Any, Literal
 
 import torch
 import torch._C._functorch as _functorch
 from torch import Tensor
 
+from .captured import captured
 from .node import Node, accept, accepted
 from .streams import stand, standing
 
@@ -23,7 +22,7 @@ def closed(f: Flat, lanes: Lanes = "vmap") -> Flat:
     """``closed(f) = f``, keeping nothing but the inputs: derivatives run ``f`` again.
 
     ``grad``, ``jvp`` and ``vmap`` of a closed function are closed functions again, so compositions
-    are too, to any order. Random numbers replay.
+    are too, to any order. The random numbers of torch's default generators replay.
 
     Args:
         f: from tensors to a tuple of tensors; integer ones pass without derivative.
@@ -31,14 +30,21 @@ def closed(f: Flat, lanes: Lanes = "vmap") -> Flat:
             functions whose shapes depend on data.
 
     Raises:
-        ValueError: f captures a tensor that takes part in differentiation; its gradient would be
-            lost without a word, so it must be an argument.
+        ValueError: f captures a tensor that takes part in differentiation, whose gradient would be
+            lost without a word, or a generator, which would give other numbers when f runs again.
+            Where is looked, and where not: :func:`sharding.captured.captured`.
 
     >>> square = closed(lambda x: (x * x,))
     >>> torch.func.hessian(lambda x: square(x)[0])(torch.tensor(3.0))
     tensor(2.)
     """
     for name, x in captured(f):
+        if isinstance(x, torch.Generator):
+            raise ValueError(
+                f"{getattr(f, '__name__', f)} draws from the generator {name!r}, and would draw "
+                "other numbers when it is run again: use torch's default generators, which are put "
+                "back, or make one inside of the function, from a seed that is an argument"
+            )
         if x.requires_grad or _functorch.is_functorch_wrapped_tensor(x):
             raise ValueError(
                 f"{getattr(f, '__name__', f)} captures the tensor {name!r} {tuple(x.shape)}, whose "
@@ -56,15 +62,16 @@ def pull_back(
     f: Flat,
     xs: Sequence[Tensor],
     grads: Sequence[Tensor],
+    wanted: Sequence[int] | None = None,
     accepts: Sequence[frozenset[str]] = (),
 ) -> tuple[Tensor, ...]:
-    """``vjp(f, *xs)[1](*grads)``: the cotangents of the floating-point inputs.
+    """``vjp(f, *xs)[1](*grads)``: the cotangents of the wanted inputs, or of all floating ones.
 
     Plain autograd where no transform is active and nothing is differentiated again (it costs less
     Python per operation), torch.func otherwise; the bits are the same. ``accepts`` are the kinds of
-    tensor that each cotangent may be (:func:`sharding.node.accept`).
+    tensor that each input's cotangent may be (:func:`sharding.node.accept`).
     """
-    wanted = _floating(xs)
+    wanted = _floating(xs) if wanted is None else wanted
 
     def of_wanted(*chosen: Tensor) -> tuple[Tensor, ...]:
         every = list(xs)
@@ -77,7 +84,8 @@ def pull_back(
         return torch.func.vjp(of_wanted, *(xs[i] for i in wanted))[1](tuple(grads))
     with torch.enable_grad():
         leaves = [xs[i].detach().requires_grad_() for i in wanted]
-        edges = [accept(leaves[wanted.index(i)], kinds) for i, kinds in enumerate(accepts) if kinds]
+        kinds = [accepts[i] if accepts else frozenset[str]() for i in wanted]
+        edges = [accept(leaf, kind) for leaf, kind in zip(leaves, kinds, strict=True) if kind]
         ys = of_wanted(*leaves)
     live = [(y, g) for y, g in zip(ys, grads, strict=True) if y.requires_grad]
     outs, cotangents = [y for y, _ in live], [g for _, g in live]
@@ -133,14 +141,16 @@ class _Closed(Node):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         xs = [_functorch.unwrap_if_dead(x) for x in ctx.saved_tensors]
         live = [grads[i] for i in ctx.floating]
-        f, n = ctx.f, len(xs)
+        f, n, wanted = ctx.f, len(xs), _floating(xs)
         if torch._C._are_functorch_transforms_active() or torch.is_grad_enabled():
             again = closed(lambda *args: pull_back(f, args[:n], args[n:]), ctx.lanes)
             found = again(*xs, *live)
         else:
-            found = pull_back(f, xs, live, [accepted(node) for node, _ in ctx.next_functions])
+            wanted = [i for i in wanted if ctx.needs_input_grad[2 + i]]
+            accepts = [accepted(node) for node, _ in ctx.next_functions]
+            found = pull_back(f, xs, live, wanted, accepts)
         result: list[Tensor | None] = [None] * n
-        for i, g in zip(_floating(xs), found, strict=True):
+        for i, g in zip(wanted, found, strict=True):
             result[i] = g
         return None, None, *result
 
@@ -202,54 +212,3 @@ def is_mapped(x: Tensor) -> bool:
             return True
         x = _functorch.get_unwrapped(x)
     return False
-
-
-def captured(f: Any, seen: frozenset[int] = frozenset()) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor that a function takes from elsewhere than its arguments, with its name there.
-
-    >>> w = torch.ones(2)
-    >>> [name for name, _ in captured(lambda x: x * w)]
-    ['w']
-    """
-    if id(f) in seen:
-        return
-    seen |= {id(f)}
-    if isinstance(f, Tensor):
-        yield "?", f
-    elif isinstance(f, partial):
-        yield from captured((f.func, f.args, f.keywords), seen)
-    elif isinstance(f, _Replayed):
-        yield from captured(f.f, seen)
-    elif isinstance(f, torch.nn.Module):
-        yield from f.named_parameters()
-    elif isinstance(f, MethodType):
-        yield from captured((f.__func__, getattr(f.__self__, "__dict__", {})), seen)
-    elif isinstance(f, list | tuple):
-        for x in f:
-            yield from captured(x, seen)
-    elif isinstance(f, dict):
-        yield from _by_name(f.items(), seen)
-    elif isinstance(f, FunctionType):
-        yield from _by_name(_free_variables(f), seen)
-    elif callable(f) and not isinstance(f, type):
-        yield from captured(getattr(f, "__dict__", {}), seen)
-
-
-def _by_name(xs: Iterable[tuple[Any, Any]], seen: frozenset[int]) -> Iterator[tuple[str, Tensor]]:
-    for name, x in xs:
-        for inner, tensor in captured(x, seen):
-            yield (str(name) if inner == "?" else inner), tensor
-
-
-def _free_variables(f: FunctionType) -> Iterator[tuple[str, Any]]:
-    for name, cell in zip(f.__code__.co_freevars, f.__closure__ or (), strict=True):
-        try:
-            yield name, cell.cell_contents
-        except ValueError:  # not assigned yet
-            continue
-    for name in f.__code__.co_names:
-        if isinstance(f.__globals__.get(name), Tensor):
-            yield name, f.__globals__[name]
-    positional = f.__code__.co_varnames[: f.__code__.co_argcount]
-    yield from zip(reversed(positional), reversed(f.__defaults__ or ()), strict=False)
-    yield from (f.__kwdefaults__ or {}).items()

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch._C._functorch as _functorch
 from torch import Tensor
 
 from .comm import Comm, Done, Op, Work
@@ -85,6 +86,13 @@ def start(linear: Linear, xs: Sequence[Tensor], comm: Comm) -> Tensor:
 def wait(linear: Linear, ticket: Tensor, comm: Comm) -> tuple[Tensor, ...]:
     """The result of the linear map that :func:`start` gave this ticket for."""
     return _Wait.apply(linear, comm, ticket)
+
+
+def forget(ticket: Tensor, comm: Comm) -> None:
+    """Let go of a transfer that nobody will wait for, as after an error."""
+    while _functorch.is_functorch_wrapped_tensor(ticket):
+        ticket = _functorch.get_unwrapped(ticket)
+    comm.in_flight.pop(ticket.data_ptr(), None)
 
 
 class _Start(Node):

@@ -77,7 +77,8 @@ def _line() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
-        if not module.startswith(("sharding.", "torch.", "contextlib")):
+        # What torch generates when it compiles has no module, and is not there on every rank.
+        if module and not module.startswith(("sharding.", "torch.", "contextlib")):
             return f"{frame.f_code.co_name}+{frame.f_lineno - frame.f_code.co_firstlineno}"
         frame = frame.f_back
     return ""  # a backward pass in a thread of autograd's own

@@ -31,12 +31,14 @@ def sharded(
         backward: what happens to a gathered view between forward and backward. It never changes a
             bit of the result. ``"keep"``: it stays; fastest, most memory. ``"regather"``: freed
             and gathered again (the last of a sequence stays: the backward pass begins with it);
-            activations stay. ``"recompute"``: activations go too; f runs again,
-            with the same random numbers. Under transforms inside of transforms views stay.
+            activations stay. ``"recompute"``: activations go too; f runs again, with the same
+            numbers from torch's default generators, and must not depend on anything else that
+            changes. Under transforms inside of transforms views stay.
 
     Raises:
         ValueError: shards that do not fit the plan; under ``recompute`` a tensor that f captures
-            instead of taking it as an argument.
+            instead of taking it as an argument, as far as it can be seen
+            (:func:`sharding.captured.captured`), or a generator from outside of f.
 
     >>> import torch
     >>> from sharding import Mesh, make_plan, simulate, zero3

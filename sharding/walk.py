@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .closed import closed
-from .collectives import start, wait
+from .collectives import forget, start, wait
 from .comm import Comm
 from .fetched import Fetched, can_release, release_after_backward
 from .gather import Gather
@@ -90,6 +90,11 @@ class Unit:
                 views[i] = view
         return views, fetched
 
+    def forget(self, pending: _Pending) -> None:
+        """Give up a gather, whose result nobody will await."""
+        for ticket in pending.tickets:
+            forget(ticket, self.comm)
+
     def compute(self, f: Callable[..., Any], views: list[Tensor], args: tuple[Any, ...]) -> Any:
         if self.backward == "recompute":
             return _recomputed(f, self.plan.unflatten(list(views)), args)
@@ -133,11 +138,13 @@ class Walk:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Await what was fetched ahead and then not visited; a failed rank awaits nothing more."""
+        """Await what was fetched ahead and then not visited; after a failure let it go."""
         left, self.pending = self.pending, {}
-        if kind is None:
-            for i, pending in left.items():
+        for i, pending in left.items():
+            if kind is None:
                 self.units[i].views(pending, True, None)
+            else:
+                self.units[i].forget(pending)
 
     def visit(self, i: int, f: Callable[..., Any], *args: Any) -> Any:
         """``f(view of unit i, *args)``."""

@@ -117,6 +117,27 @@ def test_gathers_run_ahead_of_the_blocks_and_reductions_finish_behind_them(
         assert tuple(map(", ".join, passes)) == expected
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("transform", [False, True])
+def test_after_an_error_nothing_is_left_in_flight(mode: Backward, transform: bool) -> None:
+    """Which the caller of the step may catch, as where memory is short, to go on."""
+
+    def program(comm: Comm) -> None:
+        params = [torch.ones(4)] * 3
+        plan = make_plan(params, ["dense"] * 3, {"dense": zero3("ep")}, MESH)
+
+        def fails(view: Tensor, x: Tensor) -> Tensor:
+            raise MemoryError
+
+        run = sharded([lambda view, x: view * x, fails, fails], plan, comm, mode)
+        call = torch.func.grad(lambda *xs: run(*xs).sum()) if transform else run
+        with pytest.raises(MemoryError):
+            call(plan.shard(params, comm), torch.ones(4))
+        assert not comm.in_flight
+
+    simulate(program, MESH)
+
+
 # -- captured tensors ----------------------------------------------------------------------------
 
 

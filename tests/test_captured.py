@@ -1,4 +1,7 @@
-"""A tensor that a closed function captures would lose its gradient silently, so it is refused."""
+"""A tensor that a closed function captures would lose its gradient silently, so it is refused.
+
+So is a generator: the numbers that it draws when the function runs again would be others.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from sharding import Mesh, make_plan, replicated, sharded, simulate
+from sharding.captured import Vouched, captured
 from sharding.closed import closed
 
 W = torch.ones(2, requires_grad=True)
@@ -44,6 +49,7 @@ def closing_over(scale: Tensor) -> dict[str, Any]:
         "a list": lambda x: (x * scales[0],),
         "a dict": lambda x: (x * by_name["scale"],),
         "a default": lambda x, scale=scale: (x * scale,),
+        "a function defined inside": lambda x: (lambda: (x * scale,))(),
         "a partial": partial(lambda scale, x: (x * scale,), scale),
         "an object": Scale(scale),
         "a method": Scale(scale).method,
@@ -74,3 +80,63 @@ def test_so_are_the_parameters_of_a_module() -> None:
 def test_so_is_a_global_one() -> None:
     with pytest.raises(ValueError, match="uses_a_global captures the tensor 'W'"):
         closed(uses_a_global)
+
+
+def test_and_a_global_one_of_a_function_defined_inside() -> None:
+    with pytest.raises(ValueError, match="captures the tensor 'W'"):
+        closed(lambda x: (lambda: (x * W,))())
+
+
+def test_what_two_share_is_looked_at_once() -> None:
+    class Shared:
+        calls = 0
+
+        def __call__(self) -> None: ...
+
+        def __getattribute__(self, name: str) -> Any:
+            Shared.calls += name == "__dict__"
+            return object.__getattribute__(self, name)
+
+    f: Any = Shared()
+    for _ in range(12):
+        f = partial(f, f, f)
+    assert not list(captured(f))
+    assert Shared.calls == 1
+
+
+def test_who_vouches_for_a_function_is_believed() -> None:
+    closed(Vouched(lambda x: (x * W,)))
+
+
+def of_generator(outside: torch.Generator) -> Any:
+    """The shards' gradient, where a block multiplies them by what it draws."""
+
+    def from_outside(view: Tensor, x: Tensor) -> Tensor:
+        return (torch.bernoulli(x, generator=outside) * view).sum()
+
+    def from_inside(view: Tensor, x: Tensor, seed: int) -> Tensor:
+        own = torch.Generator().manual_seed(seed)
+        return (torch.bernoulli(x, generator=own) * view).sum()
+
+    w = torch.ones(8)
+    plan = make_plan(w, "dense", {"dense": replicated()}, Mesh())
+
+    def program(comm: Any, *seed: int) -> Tensor | None:
+        shard = plan.shard(w, comm).requires_grad_()
+        block = from_inside if seed else from_outside
+        sharded(block, plan, comm, "recompute")(shard, w / 2, *seed).backward()
+        return shard.grad
+
+    return program
+
+
+def test_a_generator_from_outside_is_refused() -> None:
+    with pytest.raises(ValueError, match="from_outside draws from the generator 'outside'"):
+        simulate(of_generator(torch.Generator()), Mesh())
+
+
+def test_a_generator_that_a_block_makes_replays() -> None:
+    found = simulate(of_generator(torch.Generator()), Mesh(), [3])[0]
+    halves = torch.full((8,), 0.5)
+    drawn = torch.bernoulli(halves, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(found, drawn) and 0 < drawn.sum() < 8

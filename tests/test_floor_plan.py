@@ -39,7 +39,8 @@ sharding.leaf               <- mesh rule tree
 sharding.arguments          <- gather mesh rule tree
 sharding.plan               <- arguments comm footprint gather leaf mesh rule tree
 sharding.reshard            <- comm gather plan rule tree
-sharding.closed             <- node streams
+sharding.captured           <-
+sharding.closed             <- captured node streams
 sharding.fetched            <- comm gather node plain
 sharding.walk               <- closed collectives comm fetched gather plan tree
 sharding.sharded            <- comm plan walk
@@ -162,7 +163,8 @@ functional_ep.huggingface.shift   <-
 functional_ep.huggingface.owner <- huggingface.parts
 functional_ep.huggingface.replica <- compile huggingface.adapters huggingface.experts
                                      huggingface.owner huggingface.parts huggingface.recording
-                                     sharding sharding.mesh sharding.plain sharding.walk
+                                     sharding sharding.captured sharding.mesh sharding.plain
+                                     sharding.walk
 functional_ep.huggingface.objective <- cross_entropy differentiate routing huggingface.idle
                                      huggingface.replica huggingface.shift sharding
 functional_ep.huggingface.model   <- huggingface.adapted huggingface.detect

@@ -203,3 +203,38 @@ def test_what_does_not_fit_is_refused(optimizers: Any, frozen: Any, message: str
 
 def test_one_optimizer_is_for_all_labels_that_are_trained() -> None:
     step_with(adamw(1.0), ("base",))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_is_computed_for_the_gradient_of_a_frozen_leaf(mode: Backward) -> None:
+    """Nor for that of a constant: in no mode is it asked for."""
+    asked: list[tuple[bool, ...]] = []
+
+    class Asks(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *xs: Tensor) -> Tensor:
+            return torch.stack([x.sum() for x in xs]).sum()
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+            asked.append(ctx.needs_input_grad)
+            return tuple(grads[0].expand(4, 4) if needed else None for needed in asked[-1])
+
+    def block(view: dict[str, Tensor], x: Tensor, constant: Tensor) -> Tensor:
+        return x + Asks.apply(view["w"], view["a"], constant)
+
+    def program(comm: Comm) -> None:
+        shards = plan.shard(PARAMS[:1], comm)
+        shards[0]["a"].requires_grad_()
+        run = sharded([block], plan, comm, mode)
+        run(shards, torch.ones(4, 4, requires_grad=True), torch.ones(4, 4)).sum().backward()
+
+    plan = make_plan(
+        PARAMS[:1],
+        LABELS[:1],
+        {"base": zero3("ep"), "adapter": zero3("ep")},
+        MESH,
+        frozen=("base",),
+    )
+    simulate(program, MESH)
+    assert asked == [(False, True, False)] * MESH.size

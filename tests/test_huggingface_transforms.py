@@ -12,7 +12,7 @@ from hf_cases import batch_of, build, converted, part_of, plan_of
 from torch import Tensor
 
 from functional_ep import from_huggingface
-from sharding import Comm, Mesh, simulate
+from sharding import Comm, Mesh, captured, simulate
 from sharding.walk import Backward
 
 MESH = Mesh(edp=1, ep=2)
@@ -88,3 +88,24 @@ def test_computing_again_changes_no_bit(model_type: str) -> None:
         for mode in modes
     )
     assert all(torch.equal(again[name], g) for name, g in kept.items())
+
+
+def test_what_a_layer_captures_is_not_looked_for_in_the_whole_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each layer's time would grow with their number."""
+    looked = [0]
+    look: Any = vars(captured)["_captured"]
+
+    def counting(*args: Any) -> Any:
+        looked[0] += 1
+        return look(*args)
+
+    monkeypatch.setattr(captured, "_captured", counting)
+    found: list[int] = []
+    for layers in (2, 4):
+        model = build("mixtral", num_hidden_layers=layers)
+        batch, before = batch_of(model), looked[0]
+        simulate(lambda comm, m=model, b=batch: converted(comm, m, b, "recompute"), MESH)
+        found.append(looked[0] - before)
+    assert 0 < found[1] <= 2 * found[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -260,3 +262,24 @@ def test_a_wrong_number_of_arguments_is_refused() -> None:
 def test_rows_that_do_not_fit_are_refused(act: Callable[[Comm], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         simulate(act, MESH)
+
+
+# -- signals -------------------------------------------------------------------------------------
+
+
+def test_a_signal_that_another_thread_gets_is_heard() -> None:
+    """The main thread waits for the ranks, and only it can run a handler."""
+    heard = threading.Event()
+
+    def program(comm: Comm) -> bool:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return heard.wait(20)
+
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: heard.set())
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    try:
+        assert simulate(program, Mesh()) == [True]
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+        signal.signal(signal.SIGUSR1, before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -20,6 +21,8 @@ from functional_ep import why as why_vetoed
 from functional_ep.testing import Training, train, trainings
 from functional_ep.vote import WHY
 from sharding import Comm, Mesh, simulate
+from sharding.mesh import Axes
+from sharding.order import Order
 from sharding.testing import seeds
 from sharding.tree import flatten, unflatten
 
@@ -307,3 +310,23 @@ def test_rounding_that_cancels_changes_the_digest() -> None:
 def test_metrics_without_a_vote_say_nothing_of_one(read: Callable[..., object]) -> None:
     with pytest.raises(ValueError, match=r"of a step without a vote, they have \['loss'\]"):
         read({"loss": torch.zeros(())})
+
+
+def test_what_the_compiler_generates_has_no_line() -> None:
+    """Where ranks are compiled and one is not, all start the same collectives."""
+    sent = [torch.ones(1)]
+
+    def program(comm: Comm) -> tuple[dict[Axes, int], ...]:
+        found: list[dict[Axes, int]] = []
+        generated = eval("lambda: call()", {"call": lambda: None})
+        generated.__globals__["call"] = partial(comm.all_reduce, sent, ("ep",))
+        other = eval("lambda: call()", {"__name__": "mine", **generated.__globals__})
+        for call in (generated.__globals__["call"], generated, other):
+            order = Order(comm.mesh)
+            with comm.heard_by(order):
+                call()
+            found.append(order.digests())
+        return tuple(found)
+
+    plain, generated, other = simulate(program, Mesh(ep=2))[0]
+    assert plain == generated != other

@@ -16,6 +16,7 @@ from functional_ep.huggingface.owner import Owner, stand_in
 from functional_ep.huggingface.parts import Part, parts
 from functional_ep.huggingface.recording import Record
 from sharding import Comm, Plan
+from sharding.captured import Vouched
 from sharding.mesh import Axes
 from sharding.plain import outside_transforms, plain
 from sharding.walk import Backward, Unit, Walk
@@ -119,7 +120,8 @@ class Replica:
             return walk.visit(i, self._bound_call(i, run), args, kwargs)
         self._unbind_all()  # what was read before; it is gathered again if it is read again
         record = Record()
-        compute = record.returned(self._bound_call(i, run))
+        # Its closure has all of the model, whose parameters are refused one by one (see _read).
+        compute = Vouched(record.returned(self._bound_call(i, run)))
         return record.add(walk.visit(i, compute, args, kwargs))
 
     def _bound_call(self, i: int, run: Callable[..., Any]) -> Callable[..., Any]:
