@@ -7,18 +7,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-ROW = 8192  # bytes
+ROW = 8 * 4095  # bytes: an odd number of words, or an even one of equal changes would cancel
 LARGE = 2**16  # bytes from which a tensor is worth launches of its own
 FACTOR = -0x61C8864680B583EB  # odd, of no pattern: 2^64 over the golden ratio
 OTHER = -0x40A7B892E31B1A47
 
 
 def digest(xs: Sequence[Tensor]) -> Tensor:
-    """``sum of (odd, place-dependent factor) x word`` modulo 2^64, over the 64-bit words of all xs.
+    """``sum of f_i mix(row_i) + sum of g_j mix(column_j)`` modulo 2^64, of tensors laid out in rows.
 
-    A flipped bit always changes it, and so does any other difference but by a chance of 1 in 2^64
-    or so; rounding of sums does not exist. Numbers that are equal but for their bits, as 0 and -0,
-    differ. Returns an int64 scalar on the device of the tensors.
+    Rows and columns are sums of 64-bit words, and the factors f and g depend on the place. Any difference changes it but by a chance of 1 in 2^64 or so, unless it
+    adds up to nothing in each row and in each column; rounding of sums does not exist. Numbers that
+    are equal but for their bits, as 0 and -0, differ. Returns an int64 scalar on the device of the
+    tensors.
 
     >>> a, b = torch.tensor([1.0, 2.0]), torch.tensor([2.0, 1.0])
     >>> bool(digest([a]) == digest([a.clone()])), bool(digest([a]) == digest([b]))
@@ -37,12 +38,22 @@ def digest(xs: Sequence[Tensor]) -> Tensor:
     together = torch.cat(rest)
     wholes.append(torch.nn.functional.pad(together, (0, -together.numel() % ROW)))
     rows = [flat.view(torch.int64).view(-1, ROW // 8) for flat in wholes]
-    # The factor of a word is that of its row plus that of its column and tensor; odd, so that no
-    # bit is lost. Sums first, and then products, cost no memory of the size of the tensors.
+    # Sums first, and then products, cost no memory of the size of the tensors.
     of_rows = torch.cat([words.sum(1) for words in rows])
     of_columns = torch.stack([words.sum(0) for words in rows]).view(-1)
-    odd, even = _factors(of_rows) | 1, _factors(of_columns) << 1
-    return (of_rows * odd).sum() + (of_columns * even).sum()
+    sums = _mixed(torch.cat([of_rows, of_columns]))
+    return (sums * _factors(sums)).sum()
+
+
+def _mixed(sums: Tensor) -> Tensor:
+    """One to one, and each bit has to do with many.
+
+    A change of the highest bit alone stays there, whatever it is multiplied by: a second one in
+    another place would undo it.
+    """
+    spread = sums * OTHER
+    spread = (spread ^ (spread >> 32 & 0xFFFFFFFF)) * FACTOR
+    return spread ^ (spread >> 29 & 0x7FFFFFFFF)
 
 
 def in_order(x: Tensor) -> Tensor:
@@ -57,8 +68,9 @@ def in_order(x: Tensor) -> Tensor:
 
 
 def _factors(like: Tensor) -> Tensor:
+    """Odd, so that no bit is lost, and without a pattern."""
     mixed = torch.arange(1, len(like) + 1, device=like.device) * FACTOR
-    return (mixed ^ (mixed >> 29)) * OTHER
+    return (mixed ^ (mixed >> 29)) * OTHER | 1
 
 
 def _aligned(flat: Tensor) -> Tensor:

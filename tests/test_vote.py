@@ -300,6 +300,38 @@ def test_a_flipped_bit_or_two_exchanged_numbers_change_the_digest(
         assert bool(bits.digest([*xs[:i], rolled, *xs[i + 1 :]]) != before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [6, 1000, bits.ROW // 4, 3 * bits.LARGE])
+def test_an_even_number_of_signs_changes_the_digest(size: int, dtype: torch.dtype) -> None:
+    """What a sum of words forgets: the highest bit of each, added up, is nothing."""
+    signs = {
+        tuple(range(start, size, step)): start for step in (1, 2, 4, 8) for start in range(step)
+    }
+    for seed in range(5):
+        x = torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        found = [int(bits.digest([values])) for values in (x, torch.zeros_like(x))]
+        for negative in signs:
+            for values in (x, torch.zeros_like(x)):
+                negated = values.clone()
+                negated[list(negative)] *= -1
+                found.append(int(bits.digest([negated])))
+        assert len(set(found)) == 2 * len(signs) + 2 * (() not in signs)
+
+
+@given(st.integers(0, 63), st.data(), seeds())
+def test_the_same_bit_flipped_in_two_words_changes_the_digest(
+    bit: int, data: st.DataObject, seed: int
+) -> None:
+    words = data.draw(st.sampled_from([2, 512, bits.ROW // 8, bits.LARGE]))
+    random = torch.Generator().manual_seed(seed)
+    x = torch.randint(-(2**63), 2**63 - 1, (words,), generator=random)
+    a = data.draw(st.integers(0, words - 1))
+    b = data.draw(st.integers(0, words - 1).filter(lambda b: b != a))
+    y = x.clone()
+    y[[a, b]] ^= -(2**63) if bit == 63 else 1 << bit
+    assert bool(bits.digest([x]) != bits.digest([y]))
+
+
 def test_rounding_that_cancels_changes_the_digest() -> None:
     x = torch.ones(8, dtype=torch.float64)
     up, down = flip(x, 0)[:1], (x[:1].view(torch.int64) - 1).view(torch.float64)
