@@ -14,12 +14,12 @@ OTHER = -0x40A7B892E31B1A47
 
 
 def digest(xs: Sequence[Tensor]) -> Tensor:
-    """``sum of f_i mix(row_i) + sum of g_j mix(column_j)`` modulo 2^64, of tensors laid out in rows.
+    """``sum of f_i mix(row_i) + sum of g_j mix(column_j)`` modulo 2^64, of tensors in rows.
 
-    Rows and columns are sums of 64-bit words, and the factors f and g depend on the place. Any difference changes it but by a chance of 1 in 2^64 or so, unless it
-    adds up to nothing in each row and in each column; rounding of sums does not exist. Numbers that
-    are equal but for their bits, as 0 and -0, differ. Returns an int64 scalar on the device of the
-    tensors.
+    Rows and columns are sums of 64-bit words, and the factors f and g depend on the place. Any
+    difference changes it but by a chance of 1 in 2^64 or so, unless it adds up to nothing in each
+    row and in each column; rounding of sums does not exist. Numbers that are equal but for their
+    bits, as 0 and -0, differ. Returns an int64 scalar on the device of the tensors.
 
     >>> a, b = torch.tensor([1.0, 2.0]), torch.tensor([2.0, 1.0])
     >>> bool(digest([a]) == digest([a.clone()])), bool(digest([a]) == digest([b]))

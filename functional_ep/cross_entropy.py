@@ -11,6 +11,8 @@ from torch import Tensor
 from sharding.closed import closed, pull_back
 from sharding.node import Node
 
+from .wide import wide
+
 IGNORE = -100  # the label of a position without a target, as in torch's cross_entropy
 AT_ONCE = 1 << 18  # logits; as many as stay in a core's cache between one pass and the next
 AT_ONCE_ON_GPU = 1 << 25  # 128 MiB: few launches, and little memory beside the logits
@@ -62,8 +64,8 @@ class _Slope(Node):
         n, slope = _tokens_at_once(logits), logits.new_empty(logits.shape)
         pieces = zip(logits.split(n), targets.split(n), slope.split(n), strict=True)
         for z, t, out in pieces:
-            wide = _wide(z)
-            probs = torch.softmax(wide, -1, out=out if wide is z else None)
+            logits = wide(z)
+            probs = torch.softmax(logits, -1, out=out if logits is z else None)
             has_target = (t != IGNORE).to(probs.dtype)[:, None]
             probs.scatter_add_(-1, t.clamp(min=0)[:, None], -has_target)
             probs.mul_(has_target * g)
@@ -100,24 +102,20 @@ def _tokens_at_once(logits: Tensor) -> int:
     return max(1, at_once // logits.shape[-1])
 
 
-def _wide(logits: Tensor) -> Tensor:
-    return logits.float() if logits.dtype.itemsize < 4 else logits
-
-
 def _formula(logits: Tensor, targets: Tensor) -> tuple[Tensor]:
-    return (F.cross_entropy(_wide(logits), targets, ignore_index=IGNORE, reduction="sum"),)
+    return (F.cross_entropy(wide(logits), targets, ignore_index=IGNORE, reduction="sum"),)
 
 
 def _slope(logits: Tensor, targets: Tensor, g: Tensor) -> tuple[Tensor]:
     """:class:`_Slope` in operations that are differentiable to any order."""
-    probs = _wide(logits).softmax(-1)
+    probs = wide(logits).softmax(-1)
     has_target = (targets != IGNORE).to(probs.dtype)[:, None]
     at_target = targets.clamp(min=0)[:, None] == torch.arange(probs.shape[-1], device=probs.device)
     return ((g * has_target * (probs - at_target.to(probs.dtype))).to(logits.dtype),)
 
 
 def _push_forward(logits: Tensor, targets: Tensor, tangent: Tensor) -> tuple[Tensor]:
-    (slope,) = _slope(_wide(logits), targets, tangent.new_ones((), dtype=_wide(logits).dtype))
+    (slope,) = _slope(wide(logits), targets, tangent.new_ones((), dtype=wide(logits).dtype))
     return ((slope * tangent).sum(),)
 
 

@@ -15,6 +15,7 @@ from sharding.node import accept
 from sharding.tree import flatten
 
 from .factored import FACTORS, Factored
+from .wide import wide
 
 RESERVED = ("loss", "count", "grad_norm", "lr", "committed", "veto")
 
@@ -54,9 +55,12 @@ def accumulate(
 
 
 def sum_over_ranks(xs: Sequence[Tensor], comm: Comm) -> list[Tensor]:
-    """``sum over all ranks`` of each tensor, in one message; differentiable."""
+    """``sum over all ranks`` of each tensor, in one message; differentiable.
+
+    The sums are tensors of their own: what a loss returns may be a parameter.
+    """
     if comm.mesh.size == 1:
-        return list(xs)
+        return [x.clone() for x in xs]
     return list(apply(Collective(Op("all_reduce", comm.mesh.axes)), xs, comm))
 
 
@@ -109,7 +113,7 @@ def _checked(result: Any) -> tuple[Tensor, Tensor, Aux]:
     if isinstance(count, int):
         count = torch.tensor(count, device=total.device)
     if not isinstance(count, Tensor) or count.dim() or count.is_complex():
-        raise ValueError(f"the loss's count is {_show(count)}, not an integer scalar: {right}")
+        raise ValueError(f"the loss's count is {_show(count)}, not a real scalar: {right}")
     if count.requires_grad:
         raise ValueError(f"the loss's count depends on the parameters: {right}")
     aux = rest[0] if rest else {}
@@ -120,14 +124,14 @@ def _checked(result: Any) -> tuple[Tensor, Tensor, Aux]:
         raise ValueError(
             f"the loss's aux has {taken[0]!r}, which is a metric of the step: rename it"
         )
-    sums = {name: _wide(aux[name]) for name in sorted(aux)}  # one order on all ranks
-    return _wide(total), _wide(count), sums
+    sums = {name: _summable(aux[name]) for name in sorted(aux)}  # one order on all ranks
+    return _summable(total), _summable(count), sums
 
 
-def _wide(x: Tensor) -> Tensor:
+def _summable(x: Tensor) -> Tensor:
     """In a dtype whose sums are right: of a bool there is none, and a uint8 ends at 255."""
     if x.is_floating_point() or x.is_complex():
-        return x.float() if x.dtype.itemsize < 4 else x
+        return wide(x)
     return x.long()
 
 

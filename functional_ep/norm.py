@@ -13,6 +13,7 @@ from sharding.plan import Copy
 
 from .differentiate import sum_over_ranks
 from .factored import Factored
+from .wide import wide
 
 PIECE = 1 << 18  # entries whose squares are summed in the gradient's own dtype
 
@@ -60,5 +61,4 @@ def _squares(g: Tensor) -> list[Tensor]:
     if isinstance(g, Factored):
         return [g.squares()]
     pieces = (g,) if g.is_cuda else g.split(PIECE)
-    wide = [x.float() if x.itemsize < 4 else x for x in pieces]
-    return [torch.dot(x, x).double() for x in wide]
+    return [torch.dot(x, x).double() for x in map(wide, pieces)]

@@ -7,7 +7,8 @@ stale. ``update`` works on lists of shards; it is elementwise, so it commutes wi
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, Protocol
 
 import torch
@@ -17,6 +18,7 @@ from sharding import Plan
 
 from .fused import fused_adamw
 from .schedules import Schedule, at
+from .wide import wide
 
 Moments = dict[str, dict[str, Tensor]]
 Leaves = list[Tensor]
@@ -107,7 +109,7 @@ def sgd(
     The same as ``torch.optim.SGD``; the second form is Nesterov's.
 
     Raises:
-        ValueError: Nesterov without momentum.
+        ValueError: Nesterov without momentum; a number below zero.
 
     >>> step, p, g = torch.tensor(0), [torch.ones(1)], [torch.ones(1)]
     >>> sgd(0.1).update(step, p, g, {}, False)[0]
@@ -115,6 +117,7 @@ def sgd(
     """
     if nesterov and not momentum:
         raise ValueError("sgd: nesterov=True needs a momentum greater than 0")
+    _check_range("sgd", math.inf, lr=lr, momentum=momentum, weight_decay=weight_decay)
 
     def init(params: dict[str, Tensor]) -> Moments:
         return {"m": _zeros(params)} if momentum else {}
@@ -131,12 +134,13 @@ def sgd(
         new: Leaves = []
         ms: Leaves = []
         for i, (p, g) in enumerate(zip(params, _scaled(grads, factor), strict=True)):
-            d = g + decay.to(g.dtype) * p if weight_decay else g
+            x = wide(p)
+            d = g + decay.to(x.dtype) * x if weight_decay else g
             if momentum:
-                m = momentum * moments["m"][i] + d
+                m = momentum * wide(moments["m"][i]) + d
                 ms.append(_settle(moments["m"][i], m, donate))
                 d = d + momentum * m if nesterov else m
-            new.append(_settle(p, p - rate.to(p.dtype) * d, donate))
+            new.append(_settle(p, x - rate.to(x.dtype) * d, donate))
         return new, {"m": ms} if momentum else {}
 
     return Optimizer(init, update, lambda step: at(lr, step))
@@ -154,11 +158,16 @@ def adamw(
     ``m' = b1 m + (1 - b1) g``, ``v' = b2 v + (1 - b2) g^2``, and ``^`` divides by ``1 - b^t``.
     Source: Loshchilov, Hutter, Decoupled Weight Decay Regularization, 2019.
 
+    Raises:
+        ValueError: a number below zero; b1 or b2 that is not below one.
+
     >>> step, p, g = torch.tensor(0), [torch.ones(1)], [torch.ones(1)]
     >>> zeros = {"m": [torch.zeros(1)], "v": [torch.zeros(1)]}
     >>> adamw(0.1, weight_decay=0.0).update(step, p, g, zeros, False)[0]
     [tensor([0.9000])]
     """
+    _check_range("adamw", math.inf, lr=lr, eps=eps, weight_decay=weight_decay)
+    _check_range("adamw", 1.0, b1=b1, b2=b2)
 
     def init(params: dict[str, Tensor]) -> Moments:
         return {"m": _zeros(params), "v": _zeros(params)}
@@ -212,9 +221,18 @@ def _root(v: Tensor) -> Tensor:
     return torch.where(positive, torch.where(positive, v, 1.0).sqrt(), 0.0)
 
 
-def _scaled(grads: Leaves, factor: Tensor | None) -> Iterable[Tensor]:
-    """One at a time."""
-    return grads if factor is None else (g * factor.to(g.dtype) for g in grads)
+def _check_range(name: str, end: float, **numbers: float | Schedule) -> None:
+    """Refuse numbers below zero, from the end on, or nan; what a schedule gives is its own."""
+    for parameter, value in numbers.items():
+        if not callable(value) and not 0 <= value < end:
+            limit = "" if end == math.inf else f" and below {end:g}"
+            raise ValueError(f"{name}: {parameter}={value}: a number from 0 on{limit}")
+
+
+def _scaled(grads: Leaves, factor: Tensor | None) -> Iterator[Tensor]:
+    """``factor * g``, wide, one at a time: one over the count of tokens is 0 in half precision."""
+    for g in map(wide, grads):
+        yield g if factor is None else g * factor.to(g.dtype)
 
 
 def _zeros(params: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -226,4 +244,4 @@ def _copies(xs: Leaves) -> Leaves:
 
 
 def _settle(old: Tensor, new: Tensor, donate: bool) -> Tensor:
-    return old.copy_(new) if donate else new
+    return old.copy_(new) if donate else new.to(old.dtype)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from sharding.closed import closed, is_mapped
 
+from .wide import wide
+
 
 class Routing(NamedTuple):
     """What the router decided. Expert ids are global."""
@@ -41,12 +43,12 @@ def route(logits_TE: Tensor, k: int, normalise: bool = True) -> Routing:
     experts = logits_TE.shape[-1]
     if not 1 <= k <= experts:
         raise ValueError(f"top-{k} of {experts} experts: choose k from 1 to {experts}")
-    wide = logits_TE.float() if logits_TE.dtype.itemsize < 4 else logits_TE
-    probs_TE = torch.softmax(wide, -1)
+    logits_TE = wide(logits_TE)
+    probs_TE = torch.softmax(logits_TE, -1)
     scores_TK, ids_TK = probs_TE.topk(k, dim=-1)
     if normalise:
         scores_TK = scores_TK / scores_TK.sum(-1, keepdim=True)
-    return Routing(ids_TK, scores_TK, probs_TE, wide)
+    return Routing(ids_TK, scores_TK, probs_TE, logits_TE)
 
 
 def count_experts(ids_TK: Tensor, experts: int) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,14 +17,13 @@ Schedule = Callable[[Tensor], Tensor]
 
 
 def at(value: float | Schedule, step: Tensor) -> Tensor:
-    """The value at a step; a number is a constant schedule.
+    """The value at a step; a number is a constant schedule, and what a schedule may give.
 
     >>> at(0.1, torch.tensor(5))
     tensor(0.1000, dtype=torch.float64)
     """
-    if callable(value):
-        return value(step)
-    return torch.full((), value, dtype=torch.float64)
+    found: Any = value(step) if callable(value) else value
+    return found if isinstance(found, Tensor) else torch.full((), found, dtype=torch.float64)
 
 
 def constant(value: float, *, warmup: int = 0) -> Schedule:
@@ -66,11 +66,13 @@ def wsd(peak: float, *, warmup: int = 0, decay: int, total: int, final: float = 
     """Warm-up, stable, decay: ``peak`` until ``total - decay``, then linear to ``final`` at total.
 
     Raises:
-        ValueError: warm-up and decay that do not fit into the total.
+        ValueError: warm-up and decay that do not fit into the total, or no decay.
 
     >>> [float(wsd(1.0, decay=2, total=6)(torch.tensor(step))) for step in (0, 4, 5, 6)]
     [1.0, 1.0, 0.5, 0.0]
     """
+    if decay < 1:
+        raise ValueError(f"wsd: decay={decay}: at least one step")
     if warmup + decay > total:
         raise ValueError(f"wsd: warmup={warmup} and decay={decay} do not fit into total={total}")
     fraction = _progress(total - decay, total)
@@ -84,6 +86,9 @@ def _progress(start: int, end: int) -> Schedule:
 
 
 def _schedule(warmup: int, shape: Schedule) -> Schedule:
+    if warmup < 0:
+        raise ValueError(f"warmup={warmup}: the value would start below zero, and grow from there")
+
     def value(step: Tensor) -> Tensor:
         step = step.to(torch.float64)
         rising = ((step + 1) / warmup).clamp(max=1.0) if warmup else 1.0

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sharding import Comm, Plan, reshard
+from sharding.tree import show
 
 from .optim import Moments, Optimizer, by_label
 
@@ -40,6 +41,7 @@ def init_state(shards: Any, plan: Plan, optimizers: Optimizer | Mapping[str, Opt
 
     Raises:
         ValueError: labels without optimizer, or optimizers without label; both sets are named.
+            Shards that are none; moments that are not like them.
 
     >>> from sharding import Mesh, make_plan, simulate, zero3
     >>> from functional_ep import adamw
@@ -49,14 +51,32 @@ def init_state(shards: Any, plan: Plan, optimizers: Optimizer | Mapping[str, Opt
     >>> simulate(start, plan.mesh)[0].opt["dense"]["m"]
     {'w': tensor([0., 0.])}
     """
-    leaves = plan.flatten(shards, "shards")
+    leaves = plan.check_sizes(shards, "shards")
     opt: dict[str, Moments] = {}
     for label, optimizer in by_label(optimizers, plan).items():
         mine = {
             leaf.path: x for leaf, x in zip(plan.leaves, leaves, strict=True) if leaf.label == label
         }
         opt[label] = optimizer.init(mine)
+        _check_moments(opt[label], label, mine)
     return State(torch.zeros((), dtype=torch.int64), shards, opt)
+
+
+def _check_moments(moments: Any, label: str, shards: Mapping[str, Tensor]) -> None:
+    """Refuse moments that could be neither stored nor moved to another mesh."""
+    where = f"optimizers[{label!r}].init"
+    for name, by_path in moments.items():
+        if name == "params" or "/" in name:  # the roles and paths of files
+            raise ValueError(f"{where}: no moment can be called {name!r} in a file")
+        if set(by_path) != set(shards):
+            path = show(min(set(by_path) ^ set(shards)), name)
+            raise ValueError(f"{where}: {path} is missing or left over: each leaf has one")
+        for path, x in by_path.items():
+            if x.shape != shards[path].shape:
+                raise ValueError(
+                    f"{where}: {show(path, name)} has the shape {tuple(x.shape)}, its parameter "
+                    f"{tuple(shards[path].shape)}: moments are cut as parameters are, in entries"
+                )
 
 
 def reshard_state(state: State, from_plan: Plan, to_plan: Plan, comm: Comm) -> State:
@@ -72,8 +92,9 @@ def reshard_state(state: State, from_plan: Plan, to_plan: Plan, comm: Comm) -> S
         comm: the ranks; see :func:`sharding.reshard`.
 
     Raises:
-        ValueError: plans that do not fit; a label whose leaves have different moments, or none,
-            because they had other optimizers or were frozen.
+        ValueError: plans that do not fit, or a state that is not of ``from_plan`` or was donated; a
+            label whose leaves have different moments, or none, because they had other optimizers or
+            were frozen.
 
     >>> from sharding import Mesh, make_plan, replicated, simulate, zero3
     >>> from functional_ep import adamw
@@ -87,6 +108,8 @@ def reshard_state(state: State, from_plan: Plan, to_plan: Plan, comm: Comm) -> S
     >>> simulate(program, mesh)[0]
     torch.Size([3])
     """
+    if state.step.numel() == 0:
+        raise ValueError("this state was donated to a step: move the one that the step returned")
     olds, news = ({leaf.path: leaf for leaf in plan.leaves} for plan in (from_plan, to_plan))
     held: dict[str, dict[str, Tensor]] = {path: {} for path in olds}
     for moments in state.opt.values():

@@ -18,21 +18,19 @@ import torch
 from torch import Tensor
 
 from sharding import Comm, Plan
-from sharding.collectives import pvary
 from sharding.order import Order
-from sharding.tree import flatten, unflatten
 
 from .agreement import check_agreement, structure_of
 from .differentiate import Loss, accumulate, sum_over_ranks
 from .norm import global_norm
-from .optim import Leaves, Optimizer, by_label
+from .optim import Optimizer
 from .poll import Poll
 from .state import State
+from .step_by_label import StepByLabel
 from .vote import Vetoed, Vote, as_vote
 
 Metrics = dict[str, Tensor]
 Step = Callable[..., tuple[State, Metrics]]
-EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 
 def make_train_step(
@@ -93,7 +91,7 @@ def make_train_step(
         raise ValueError(f"clip={clip}: the largest norm is positive; None does not clip")
     if not plan.trained:
         raise ValueError(f"all labels are frozen, {sorted(plan.frozen)}: there is nothing to train")
-    update = _Update(plan, optimizers, comm, clip, donate)
+    update = StepByLabel(plan, optimizers, comm, clip, donate)
     vote = as_vote(commit)
     poll = Poll(plan, comm, vote) if vote else None
 
@@ -119,7 +117,7 @@ def make_train_step(
         if vote and not verdict["committed"]:
             if vote.on_veto == "raise":
                 raise Vetoed(metrics)
-            return _without_batch(state, donate), metrics
+            return update.skip(state), metrics
         return update(state, shards, grads, per_token, norm), metrics
 
     return _unrecorded(step)
@@ -135,87 +133,6 @@ def _unrecorded(step: Step) -> Step:
             return step(state, *batches)
 
     return called
-
-
-class _Update:
-    """From summed gradients to the next state."""
-
-    def __init__(
-        self,
-        plan: Plan,
-        optimizers: Optimizer | Mapping[str, Optimizer],
-        comm: Comm,
-        clip: float | None,
-        donate: bool,
-    ) -> None:
-        self.plan, self.comm, self.clip, self.donate = plan, comm, clip, donate
-        self.optimizers = by_label(optimizers, plan)
-        self.single = isinstance(optimizers, Optimizer)
-        self.trained = [i for i, w in enumerate(plan.layouts) if not w.frozen]
-        copies = plan.copies(comm)
-        self.copies = [copies[i] for i in self.trained]
-        labels = [leaf.label for leaf in plan.leaves]
-        self.positions = {
-            label: [i for i in self.trained if labels[i] == label] for label in plan.trained
-        }
-        self.factored = {
-            i
-            for label, positions in self.positions.items()
-            if self.optimizers[label].factored
-            for i in positions
-            if plan.layouts[i].is_local
-        }
-        self.moments = {label: sorted(tx.init({})) for label, tx in self.optimizers.items()}
-
-    def check(self, state: State) -> None:
-        """Refuse a state that other optimizers have begun."""
-        found = {label: sorted(moments) for label, moments in state.opt.items()}
-        if found != self.moments:
-            raise ValueError(
-                f"the state has the moments {found}, and these optimizers have {self.moments}: "
-                "give those that it was begun with, or start with init_state(state.params, ...)"
-            )
-
-    def __call__(
-        self, state: State, shards: Leaves, grads: Leaves, per_token: Tensor, norm: Tensor
-    ) -> State:
-        factor = per_token
-        if self.clip is not None:
-            factor = factor * (self.clip / (norm + EPS)).clamp(max=1.0)
-        summed = dict(zip(self.trained, grads, strict=True))
-        new: Leaves = list(shards)
-        opt: dict[str, dict[str, dict[str, Tensor]]] = {}
-        for label, positions in self.positions.items():
-            paths = [self.plan.leaves[i].path for i in positions]
-            before = {
-                name: [moment[path] for path in paths] for name, moment in state.opt[label].items()
-            }
-            params, moments = self.optimizers[label].update(
-                state.step,
-                [shards[i] for i in positions],
-                [summed[i] for i in positions],
-                before,
-                self.donate,
-                self._varying(factor, label),
-            )
-            for i, p in zip(positions, params, strict=True):
-                new[i] = p
-            opt[label] = {
-                name: dict(zip(paths, leaves, strict=True)) for name, leaves in moments.items()
-            }
-        after = State(state.step + 1, self.plan.unflatten(new), opt)
-        return _take_over(state, after) if self.donate else after
-
-    def _varying(self, factor: Tensor, label: str) -> Tensor:
-        """One value of all ranks, where it meets shards: its derivative is summed over them."""
-        axes = self.plan.rules[label].axes
-        apart = torch._C._are_functorch_transforms_active() and self.plan.mesh.count(axes) > 1
-        return pvary(factor, axes, self.comm) if apart else factor
-
-    def rates(self, step: Tensor) -> Metrics:
-        """The learning rates of this step, for the metrics."""
-        rates = {f"lr/{label}": tx.rate(step) for label, tx in self.optimizers.items()}
-        return {"lr": rates.popitem()[1]} if self.single and rates else rates
 
 
 def _check(state: Any, batches: tuple[Any, ...], donate: bool, votes: bool) -> None:
@@ -234,23 +151,3 @@ def _check(state: Any, batches: tuple[Any, ...], donate: bool, votes: bool) -> N
             if donate
             else "commit under a transform: whether a step is taken has no derivative"
         )
-
-
-def _without_batch(state: State, donate: bool) -> State:
-    """The state after a batch that is skipped: of what was, only the clock goes on."""
-    if donate:
-        return _take_over(state, state._replace(step=state.step + 1))
-    leaves, spec = flatten(state)
-    kept: State = unflatten(spec, [x.clone() for x in leaves])
-    return kept._replace(step=state.step + 1)
-
-
-def _take_over(before: State, after: State) -> State:
-    """The new state under names of its own; the old one is left empty, so that no one reads it."""
-    old, _ = flatten(before)
-    leaves, spec = flatten(after)
-    leaves = [x.detach() for x in leaves]
-    with torch.no_grad():
-        for x in old:
-            x.set_()
-    return unflatten(spec, leaves)

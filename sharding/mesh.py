@@ -107,6 +107,8 @@ class Mesh:
         """
         rank = 0
         for axis, size in self.sizes:
+            if not 0 <= coords.get(axis, -1) < size:
+                raise ValueError(f"{dict(coords)} is not on {self}: a coordinate below each size")
             rank = rank * size + coords[axis]
         return rank
 

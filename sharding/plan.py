@@ -8,11 +8,11 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import optree
-import torch
 from torch import Tensor
 
 from .arguments import check_kinds, check_structure, frozen_labels, precision_by_label
-from .comm import Comm, Op
+from .collectives import all_gather
+from .comm import Comm
 from .footprint import footprint
 from .gather import Layout, Precision, gather
 from .leaf import Leaf, make_leaf, refuse_repeated
@@ -35,6 +35,7 @@ class Plan:
     ``plan["blocks"][0]`` is the plan of a subtree; ``plan.at(tree)`` that of any tree of its
     leaves; ``print(plan)`` a table of bytes per rank and label.
 
+    >>> import torch
     >>> from sharding import zero3
     >>> rules = {"dense": zero3("edp")}
     >>> print(make_plan({"w": torch.zeros(4, 64)}, {"w": "dense"}, rules, Mesh(edp=2)))
@@ -126,17 +127,17 @@ class Plan:
         return self.unflatten(shards)
 
     def full(self, shards: Any, comm: Comm) -> Any:
-        """Every rank's shards to the global params, on every rank: the inverse of :meth:`shard`."""
-        leaves = self.check_shards(shards, comm)
-        stored = [Layout(w.rule, w.mesh, w.shape, w.dtype) for w in self.layouts]
+        """Every rank's shards to the global params, on every rank: the inverse of :meth:`shard`.
+
+        Differentiable, as a view is: the gradients of all ranks' results are summed. Leaves travel
+        one after another, so what they travel in is as large as the largest.
+        """
         whole: list[Tensor] = []
-        with torch.no_grad():
-            views = gather(stored, leaves, comm) if leaves else ()
-            for view, layout in zip(views, self.layouts, strict=True):
-                axes = layout.rule.compute
-                parts = [view.reshape(-1)]
-                (flat,) = comm.start(Op("all_gather", axes), parts).wait() if axes else parts
-                whole.append(flat.reshape(layout.shape).clone())
+        for x, w in zip(self.check_shards(shards, comm), self.layouts, strict=True):
+            (view,) = gather([Layout(w.rule, w.mesh, w.shape, w.dtype)], [x], comm)
+            axes = w.rule.compute
+            flat = all_gather(view.reshape(-1), axes, comm) if axes else view
+            whole.append(flat.reshape(w.shape).clone())
         return self.unflatten(whole)
 
     def copies(self, comm: Comm) -> list[Copy]:
@@ -165,17 +166,23 @@ class Plan:
     def check_shards(self, shards: Any, comm: Comm) -> list[Tensor]:
         """The leaves of a tree of shards, or an error that names the leaf that is none."""
         self.check_mesh(comm)
-        leaves = self.flatten(shards, "shards")
+        leaves = self.check_sizes(shards, "shards")
+        for x, leaf in zip(leaves, self.leaves, strict=True):
+            if x.dtype != leaf.dtype:
+                where = show(leaf.path, "shards")
+                raise ValueError(f"{where}: {leaf.dtype} expected, found {x.dtype}")
+        return leaves
+
+    def check_sizes(self, tree: Any, what: str) -> list[Tensor]:
+        """The leaves of a tree of tensors that are as large as shards, of whatever dtype."""
+        leaves = self.flatten(tree, what)
         for x, leaf, layout in zip(leaves, self.leaves, self.layouts, strict=True):
             if not isinstance(x, Tensor) or x.shape != (layout.shard_size,):
                 found = tuple(x.shape) if isinstance(x, Tensor) else repr(x)
                 raise ValueError(
-                    f"{show(leaf.path, 'shards')}: a shard ({layout.shard_size},) of {leaf.shape} "
+                    f"{show(leaf.path, what)}: a shard ({layout.shard_size},) of {leaf.shape} "
                     f"expected, found {found}; shards come from plan.shard(params, comm)"
                 )
-            if x.dtype != leaf.dtype:
-                where = show(leaf.path, "shards")
-                raise ValueError(f"{where}: {leaf.dtype} expected, found {x.dtype}")
         return leaves
 
     def __str__(self) -> str:
@@ -210,6 +217,7 @@ def make_plan(
             the compute axes; a leaf that is no floating-point tensor (``None`` included).
         TypeError: rules, a mesh or a precision that are something else.
 
+    >>> import torch
     >>> from sharding import zero3
     >>> params = {"w": torch.zeros(4, 2), "b": torch.zeros(2)}
     >>> plan = make_plan(params, {"w": "dense", "b": "dense"}, {"dense": zero3("edp")}, Mesh(edp=2))

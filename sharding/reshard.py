@@ -31,7 +31,8 @@ def reshard(shards: Any, from_plan: Plan, to_plan: Plan, comm: Comm) -> Any:
         comm: the ranks; all must call. Its mesh is either plan's, or any other of them.
 
     Raises:
-        ValueError: plans of other leaves, or of another number of ranks.
+        ValueError: plans of other leaves, or of another number of ranks; shards that are not of
+            ``from_plan``; under a transform, since what moves has no derivative here.
 
     >>> from sharding import Mesh, expert_parallel, make_plan, simulate, zero3
     >>> params, mesh = {"w": torch.arange(4.0)}, Mesh(edp=2, ep=2)
@@ -41,8 +42,10 @@ def reshard(shards: Any, from_plan: Plan, to_plan: Plan, comm: Comm) -> Any:
     [tensor([0., 1.]), tensor([2., 3.]), tensor([0., 1.]), tensor([2., 3.])]
     """
     _check(from_plan, to_plan, comm)
+    if torch._C._are_functorch_transforms_active():
+        raise ValueError("reshard under a transform: move shards before or after, outside of it")
     places = cache(_Places)
-    leaves = from_plan.flatten(shards, "shards")
+    leaves = from_plan.check_sizes(shards, "shards")
     with torch.no_grad():
         moved = [
             _move(x, places(old), places(new), new.shard_size, comm)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .mesh import Axes, Mesh
@@ -134,20 +135,20 @@ def interval(rule: Rule, mesh: Mesh, rank: int, shape: Shape) -> tuple[int, int]
 def partition(rule: Rule, mesh: Mesh, rank: int, x: Tensor) -> Tensor:
     """``pad(ravel(x)[lo:hi])``: global leaf to shard ``(shard_size,)``, a tensor of its own.
 
-    >>> import torch
+    Differentiable under transforms; a leaf of autograd's, as parameters are, is the start of one.
+
     >>> partition(zero3("edp"), Mesh(edp=2), 1, torch.arange(3))
     tensor([2, 0])
     """
     lo, hi = interval(rule, mesh, rank, tuple(x.shape))
-    shard = x.new_zeros(shard_size(rule, mesh, tuple(x.shape)))
-    shard[: hi - lo] = x.detach().reshape(-1)[lo:hi]
-    return shard
+    missing = shard_size(rule, mesh, tuple(x.shape)) - (hi - lo)
+    shard = torch.nn.functional.pad(x.reshape(-1)[lo:hi], (0, missing))
+    return shard if torch._C._are_functorch_transforms_active() else shard.detach()
 
 
 def unpartition(rule: Rule, mesh: Mesh, shards: Sequence[Tensor], shape: Shape) -> Tensor:
     """The global leaf from the shards of all ranks, in order: the inverse of :func:`partition`.
 
-    >>> import torch
     >>> mesh, rule, x = Mesh(edp=2, ep=2), expert_parallel("ep", store=("edp",)), torch.arange(6)
     >>> unpartition(rule, mesh, [partition(rule, mesh, rank, x) for rank in mesh], (6,))
     tensor([0, 1, 2, 3, 4, 5])

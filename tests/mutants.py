@@ -10,7 +10,17 @@ import torch
 from laws import is_that_of_plain_torch, uneven
 from torch import Tensor
 
-from functional_ep import architecture, differentiate, lm, moe, norm, optim, permute, train_step
+from functional_ep import (
+    architecture,
+    differentiate,
+    lm,
+    moe,
+    norm,
+    optim,
+    permute,
+    step_by_label,
+    train_step,
+)
 from functional_ep.testing import Chosen
 from sharding import Mesh, Rule, collectives, simulate
 from sharding import gather as gather_module
@@ -84,12 +94,12 @@ def frozen_rate(patch: Patch) -> None:
         )
         return found
 
-    patch.setattr(train_step, "by_label", by_label)
+    patch.setattr(step_by_label, "by_label", by_label)
 
 
 def clip_per_label(patch: Patch) -> None:
     """Clipping inside each label's chain, where it can see only that label."""
-    init = train_step._Update.__init__
+    init = step_by_label.StepByLabel.__init__
 
     def clip_inside(
         self: Any, plan: Any, optimizers: Any, comm: Comm, clip: Any, donate: bool
@@ -105,12 +115,12 @@ def clip_per_label(patch: Patch) -> None:
                 step: Any, ps: Any, gs: Any, *rest: Any, copies: Any = copies, update: Any = update
             ) -> Any:
                 norm = train_step.global_norm(gs, copies, comm)
-                factor = (clip / (norm + train_step.EPS)).clamp(max=1)
+                factor = (clip / (norm + step_by_label.EPS)).clamp(max=1)
                 return update(step, ps, [g * factor for g in gs], *rest)
 
             self.optimizers[label] = self.optimizers[label]._replace(update=clipped)
 
-    patch.setattr(train_step._Update, "__init__", clip_inside)
+    patch.setattr(step_by_label.StepByLabel, "__init__", clip_inside)
 
 
 def norm_without_ep(patch: Patch) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sharding import Comm, Mesh, Plan, Rule, partition, simulate, unpartition
-from sharding.rule import Shape
+from sharding.rule import Shape, interval
 from sharding.testing import (
     Case,
     Functions,
@@ -40,6 +40,43 @@ def test_full_inverts_shard_on_every_rank(data: st.DataObject) -> None:
 
     for whole in simulate(program, plan.mesh):
         assert all(map(torch.equal, whole, params))
+
+
+@given(st.data(), st.booleans())
+def test_the_transpose_of_full_is_the_shard_of_the_sum(data: st.DataObject, plainly: bool) -> None:
+    """``vjp(full)(c_r) = shard(sum over ranks of c)``, and full is its own tangent."""
+    plan: Plan = data.draw(meshes().flatmap(plans))
+    seed = data.draw(seeds())
+    cotangents = [exact_params(plan, seed + rank) for rank in plan.mesh]
+    floating = [i for i, leaf in enumerate(plan.leaves) if leaf.dtype.is_floating_point]
+    total = [sum(each[i] for each in cotangents) for i in floating]
+    tree = plan.at([plan.leaves[i] for i in floating])
+
+    def program(comm: Comm, mine: list[Tensor]) -> None:
+        shards = tree.shard([mine[i] for i in floating], comm)
+        whole, pull, *_ = torch.func.vjp(lambda *xs: tree.full(list(xs), comm), *shards)
+        found: Sequence[Tensor] = pull([mine[i] for i in floating])
+        if plainly and floating:
+            leaves = [x.clone().requires_grad_() for x in shards]
+            found = torch.autograd.grad(
+                tree.full(leaves, comm), leaves, [mine[i] for i in floating]
+            )
+        assert all(map(torch.equal, found, tree.shard(total, comm)))
+        moved = torch.func.jvp(lambda *xs: tree.full(list(xs), comm), tuple(shards), tuple(shards))
+        assert all(map(torch.equal, moved[1], whole))
+
+    simulate(program, plan.mesh, cotangents)
+
+
+@given(cases())
+def test_the_transpose_of_shard_is_what_the_rank_has_of_it(case: Case) -> None:
+    for rank in case.mesh:
+        x = torch.ones(case.shape, dtype=torch.float64)
+        shard, pull, *_ = torch.func.vjp(lambda x, r=rank: partition(case.rule, case.mesh, r, x), x)
+        lo, hi = interval(case.rule, case.mesh, rank, case.shape)
+        expected = torch.zeros(x.numel(), dtype=x.dtype)
+        expected[lo:hi] = 2.0
+        assert torch.equal(pull(torch.full_like(shard, 2.0))[0].reshape(-1), expected)
 
 
 def pads_in_front(rule: Rule, mesh: Mesh, rank: int, x: Tensor) -> Tensor:

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from optree import tree_map
 from torch import Tensor
 
-from functional_ep import adamw, init_state, reshard_state, sgd
+from functional_ep import State, adamw, init_state, make_train_step, reshard_state, sgd
 from functional_ep.testing import Training, dense_rules, expert_rules, prepare, trainings
-from sharding import Comm, Mesh, Plan, make_plan, replicated, reshard, simulate, zero3
+from sharding import Comm, Mesh, Plan, make_plan, replicated, reshard, sharded, simulate, zero3
 from sharding.reshard import _part, _Places
 from sharding.testing import Recording, exact_params, meshes, plans
 
@@ -208,3 +208,52 @@ def test_states_that_cannot_go_on_are_refused() -> None:
         simulate(program, mesh, [apart] * 2, [different] * 2)
     with pytest.raises(ValueError, match=r"'w' was frozen and has no moments to go on with"):
         simulate(program, mesh, [frozen] * 2, [adamw(1.0)] * 2)
+
+
+# -- what is no state of the plan --------------------------------------------------------------
+
+
+WHOLE = make_plan({"w": torch.ones(8)}, {"w": "x"}, {"x": replicated()}, Mesh(edp=2))
+SPLIT = make_plan({"w": torch.ones(8)}, {"w": "x"}, {"x": zero3("edp")}, Mesh(edp=2))
+
+
+def test_shards_of_another_plan_are_refused() -> None:
+    """Plans that were mixed up: replicated shards cut as if each had half would repeat a half."""
+
+    def moves(comm: Comm) -> None:
+        reshard(WHOLE.shard({"w": torch.arange(8.0)}, comm), SPLIT, WHOLE, comm)
+
+    with pytest.raises(
+        ValueError, match=r"shards\['w'\]: a shard \(4,\) of \(8,\) expected, found"
+    ):
+        simulate(moves, Mesh(edp=2))
+
+
+def test_so_are_a_donated_state_and_moments_of_another_plan() -> None:
+    def begun(plan: Plan, comm: Comm) -> State:
+        return init_state(plan.shard({"w": torch.ones(8)}, comm), plan, adamw(0.1))
+
+    def with_other_moments(comm: Comm) -> None:
+        state = begun(SPLIT, comm)._replace(opt=begun(WHOLE, comm).opt)
+        reshard_state(state, SPLIT, WHOLE, comm)
+
+    def donated(comm: Comm) -> None:
+        state = begun(SPLIT, comm)
+        loss = sharded(lambda view: (view["w"].sum(), 1), SPLIT, comm)
+        step = make_train_step(lambda p, _: loss(p), SPLIT, adamw(0.1), comm, donate=True)
+        step(state, {})
+        reshard_state(state, SPLIT, WHOLE, comm)
+
+    with pytest.raises(ValueError, match=r"a shard \(4,\) of \(8,\) expected, found \(8,\)"):
+        simulate(with_other_moments, Mesh(edp=2))
+    with pytest.raises(ValueError, match="donated to a step: move the one that the step returned"):
+        simulate(donated, Mesh(edp=2))
+
+
+def test_nothing_is_moved_under_a_transform() -> None:
+    def program(comm: Comm) -> None:
+        shards = SPLIT.shard({"w": torch.ones(8)}, comm)
+        torch.func.grad(lambda p: reshard(p, SPLIT, WHOLE, comm)["w"].sum())(shards)
+
+    with pytest.raises(ValueError, match="reshard under a transform"):
+        simulate(program, Mesh(edp=2))

@@ -24,9 +24,9 @@ from functional_ep import (
     norm,
     optim,
     sgd,
-    train_step,
+    step_by_label,
 )
-from functional_ep.train_step import EPS
+from functional_ep.step_by_label import EPS
 from sharding import (
     Comm,
     Mesh,
@@ -196,7 +196,7 @@ def counted_on_one_copy(grads: Sequence[Tensor], copies: Sequence[Copy], comm: C
 
 PLANTED: dict[str, tuple[Any, str, Any]] = {
     "the factor as a value of each rank": (
-        train_step._Update, "_varying", lambda self, factor, label: factor
+        step_by_label.StepByLabel, "_varying", lambda self, factor, label: factor
     ),
     "copies that do not count as constants": (norm, "_differentiable_squares", counted_on_one_copy),
 }  # fmt: skip

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from functional_ep.train_step import EPS, global_norm
+from functional_ep.norm import global_norm
+from functional_ep.step_by_label import EPS
 from sharding import Comm, Mesh, Plan, simulate
 from sharding.plan import Copy
 from sharding.testing import exact_params, meshes, plans, seeds

@@ -37,7 +37,8 @@ sharding.gather             <- collectives comm mesh rule
 sharding.footprint          <- gather
 sharding.leaf               <- mesh rule tree
 sharding.arguments          <- gather mesh rule tree
-sharding.plan               <- arguments comm footprint gather leaf mesh rule tree
+sharding.plan               <- arguments collectives comm footprint gather leaf mesh rule
+                               tree
 sharding.reshard            <- comm gather plan rule tree
 sharding.captured           <-
 sharding.closed             <- captured node streams
@@ -73,22 +74,24 @@ sharding.laws               <- comm gather rule simulate strategies
 sharding.testing            <- laws recording rule strategies
 
 functional_ep.labels        <- sharding sharding.tree
+functional_ep.wide          <-
 functional_ep.schedules     <-
 functional_ep.factored      <- sharding.node
 functional_ep.fused         <- factored
-functional_ep.optim         <- fused schedules sharding
-functional_ep.state         <- optim sharding
+functional_ep.optim         <- fused schedules sharding wide
+functional_ep.state         <- optim sharding sharding.tree
+functional_ep.step_by_label <- optim state sharding sharding.collectives sharding.tree
 functional_ep.agreement     <- sharding sharding.tree
 functional_ep.differentiate <- factored sharding sharding.collectives sharding.comm sharding.node
-                               sharding.tree
-functional_ep.norm          <- differentiate factored sharding
+                               sharding.tree wide
+functional_ep.norm          <- differentiate factored sharding wide
                                sharding.collectives sharding.plan
 functional_ep.bits          <-
 functional_ep.vote          <-
 functional_ep.poll          <- bits differentiate norm state vote
                                sharding sharding.mesh sharding.order sharding.tree
-functional_ep.train_step    <- agreement differentiate norm optim poll state vote
-                               sharding sharding.collectives sharding.order sharding.tree
+functional_ep.train_step    <- agreement differentiate norm optim poll state step_by_label vote
+                               sharding sharding.order
 functional_ep.memory        <- differentiate optim state train_step sharding sharding.rehearsal
 functional_ep.box           <-
 functional_ep.safetensors_file <- box
@@ -121,7 +124,7 @@ functional_ep.checkpoint.dcp      <- agreement box checkpoint.boxed checkpoint.d
                                      state sharding sharding.gather sharding.leaf
 functional_ep.checkpoint          <- checkpoint.check checkpoint.checkpoints checkpoint.folder
                                      checkpoint.restoring checkpoint.saving
-functional_ep.routing       <- sharding.closed
+functional_ep.routing       <- sharding.closed wide
 functional_ep.few_shapes    <-
 functional_ep.grouped       <- factored few_shapes sharding.closed sharding.node sharding.plain
 functional_ep.permute       <- grouped sharding.node
@@ -129,7 +132,7 @@ functional_ep.swiglu        <- grouped sharding.closed sharding.node
 functional_ep.moe           <- grouped permute routing swiglu
                                sharding.closed sharding.collectives sharding.comm sharding.mesh
 functional_ep.attention     <- sharding.plain
-functional_ep.cross_entropy <- sharding.closed sharding.node
+functional_ep.cross_entropy <- sharding.closed sharding.node wide
 functional_ep.compile       <- sharding.fetched sharding.node sharding.tree
 functional_ep.architecture  <- attention compile labels moe routing sharding sharding.mesh
 functional_ep.lm            <- architecture cross_entropy differentiate routing
@@ -166,7 +169,7 @@ functional_ep.huggingface.replica <- compile huggingface.adapters huggingface.ex
                                      sharding sharding.captured sharding.mesh sharding.plain
                                      sharding.walk
 functional_ep.huggingface.objective <- cross_entropy differentiate routing huggingface.idle
-                                     huggingface.replica huggingface.shift sharding
+                                     huggingface.replica huggingface.shift sharding wide
 functional_ep.huggingface.model   <- huggingface.adapted huggingface.detect
                                      huggingface.experts huggingface.load
                                      huggingface.objective huggingface.replica

@@ -67,3 +67,9 @@ def test_an_axis_has_a_positive_number_of_ranks(size: Any) -> None:
 def test_a_rank_that_is_not_there_is_refused(rank: int) -> None:
     with pytest.raises(ValueError, match=r"rank -?\d is not on Mesh\(edp=2, ep=3\).* 0 to 5"):
         Mesh(edp=2, ep=3).coords(rank)
+
+
+@pytest.mark.parametrize("coords", [{"edp": 2, "ep": 0}, {"edp": 0, "ep": -1}, {"ep": 0}, {}])
+def test_so_are_coordinates(coords: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"is not on Mesh\(edp=2, ep=3\)"):
+        Mesh(edp=2, ep=3).rank(coords)

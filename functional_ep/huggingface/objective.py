@@ -18,6 +18,7 @@ from functional_ep.huggingface.idle import standing_in, without_zeros
 from functional_ep.huggingface.replica import Replica
 from functional_ep.huggingface.shift import IGNORE
 from functional_ep.routing import count_experts
+from functional_ep.wide import wide
 from sharding import Comm
 
 Batch = Mapping[str, Any]
@@ -55,7 +56,7 @@ def load_balance(
     probs = torch.stack([torch.softmax(x, -1) for x in logits])
     experts = probs.shape[-1]
     ids = probs.detach().topk(top_k, dim=-1).indices
-    probs = probs.float() if probs.dtype.itemsize < 4 else probs
+    probs = wide(probs)
     if mask is None:
         rows = torch.tensor(probs.shape[0] * probs.shape[1], device=probs.device)
         return count_experts(ids, experts), probs.sum((0, 1)), rows
