@@ -39,6 +39,22 @@ def test_missing_variables_are_named_with_the_command_to_use(
         pass
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:1", "cpu:0", torch.device("cuda", 0)])
+def test_another_device_is_refused_before_anyone_joins(
+    device: str | torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "",
+        "MASTER_PORT": "",
+    }.items():
+        monkeypatch.setenv(name, value)
+    message = r"distributed\(\.\.\., device='.*'\): 'cpu' or 'cuda'"
+    with pytest.raises(ValueError, match=message), distributed(Mesh(ep=1), device=device):
+        pass
+
+
 def test_a_mesh_of_another_size_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     launched(monkeypatch, RANK="0", WORLD_SIZE="3", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
     message = r"Mesh\(edp=2, ep=4\) has 8 ranks, but 3 processes .*torchrun --nproc-per-node 8"

@@ -24,12 +24,23 @@ from laws import uneven
 from test_vote import copy_of, same
 from torch import Tensor
 
-from functional_ep import Difference, State, Vetoed, Vote, bisect, record, replay
+from functional_ep import (
+    Difference,
+    State,
+    Vetoed,
+    Vote,
+    bisect,
+    init_state,
+    make_train_step,
+    record,
+    replay,
+    sgd,
+)
 from functional_ep.recordings.file import ABOUT, TENSORS, folder_of, read_about
 from functional_ep.recordings.trees import describe, rebuild
 from functional_ep.sealed import seal
 from functional_ep.testing import Chosen, Training, prepare, trainings
-from sharding import Comm, Divergence, Mesh, simulate, tape
+from sharding import Comm, Divergence, Mesh, make_plan, sharded, simulate, tape, zero3
 from sharding.comm import Done, Op, Then, Work
 
 Steps = list[tuple[State, dict[str, Tensor]]]
@@ -171,6 +182,32 @@ def test_a_step_that_ends_with_an_error_ends_with_it_again(tmp_path: Path) -> No
     assert str(raised.value) == said[2]
     with pytest.raises(Divergence, match=r"step 0: in the recording it ended with Vetoed"):
         replay(folder_of(tmp_path, 2, 0), lambda comm: Arena(comm, Vote("skip"), place, False).step)
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_a_recording_that_cannot_be_written_costs_no_state(tmp_path: Path, donate: bool) -> None:
+    def program(comm: Comm) -> None:
+        loss = sharded(lambda view, x: ((view["w"] * x["x"].abs()).sum(), 1), plan, comm)
+        step = make_train_step(loss, plan, sgd(0.1), comm, donate=donate)
+        state = init_state(plan.shard(params, comm), plan, sgd(0.1))
+        recorded = record(step, comm, tmp_path / "run")
+        with pytest.raises(ValueError, match=r"batches/0/x \(torch.complex64\): this dtype"):
+            recorded(state, {"x": torch.ones(2, dtype=torch.complex64)})
+        assert state.step.numel() == 1, "refused before the step, which was to write into it"
+        shutil.rmtree(tmp_path / "run")
+        (tmp_path / "run").write_text("in the way")
+        with pytest.warns(UserWarning, match="there is no recording of step 0: "):
+            state, _ = recorded(state, {"x": torch.ones(2)})
+        assert torch.equal(state.params["w"], torch.full((2,), 0.9))
+        with pytest.raises(ValueError, match="no batch") as raised:
+            recorded(state)
+        assert any("no recording of step 1" in note for note in raised.value.__notes__)
+        with pytest.raises(OSError):
+            record(step, comm, tmp_path / "run" / "below")
+
+    params = {"w": torch.ones(2)}
+    plan = make_plan(params, {"w": "dense"}, {"dense": zero3("edp")}, Mesh(edp=1))
+    simulate(program, plan.mesh)
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(3)], ids=["^C", "exit"])

@@ -54,12 +54,17 @@ def digests(xs: Sequence[Tensor]) -> list[str]:
     return [f"{int(digest([x])) % 2**64:016x}" for x in xs]
 
 
-def write(folder: Path, about: About, tensors: Mapping[str, Tensor]) -> None:
-    """Write a recording, in place of one that is there; it is complete or not there at all."""
-    plain = {name: in_order(x.detach().cpu()) for name, x in tensors.items()}
-    odd = [f"{name} ({x.dtype})" for name, x in plain.items() if x.dtype not in NAMES]
+def check_dtypes(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse what the file format has no name for."""
+    odd = [f"{name} ({x.dtype})" for name, x in tensors.items() if x.dtype not in NAMES]
     if odd:
         raise ValueError(f"{odd[0]}: this dtype has no place in a safetensors file")
+
+
+def write(folder: Path, about: About, tensors: Mapping[str, Tensor]) -> None:
+    """Write a recording, in place of one that is there; it is complete or not there at all."""
+    check_dtypes(tensors)
+    plain = {name: in_order(x.detach().cpu()) for name, x in tensors.items()}
     part = folder.with_suffix(".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functional_ep.recordings.file import About, digests, folder_of, of_heard, write
+from functional_ep.recordings.file import (
+    About,
+    check_dtypes,
+    digests,
+    folder_of,
+    of_heard,
+    write,
+)
 from functional_ep.recordings.trees import Json, describe
 from functional_ep.state import State
 from sharding import Comm
@@ -29,7 +37,8 @@ def record(
     ``directory/rank-00003/step-00000100`` then holds what rank 3 had and received in step 100: its
     state before, its batches, its random stream, and the results of every collective. That is all
     that :func:`replay` needs, alone and elsewhere. A recording of the same step before it is
-    replaced. A step that ends with an error, or is interrupted, is recorded as far as it came.
+    replaced. A step that ends with an error, or is interrupted, is recorded as far as it came. What
+    cannot be written is warned of: a step that was taken is not lost for it.
 
     Until the step ends, the results of its collectives are kept in memory.
 
@@ -40,6 +49,7 @@ def record(
         steps: which steps to record, as ``range(100, 110)``; all by default.
 
     Raises:
+        OSError: a directory that cannot be made.
         ValueError: from the step, for a batch that JSON and tensors cannot describe, or under a
             transform.
 
@@ -63,6 +73,7 @@ def record(
     """
     if isinstance(comm, Replayed):  # the program that was recorded may be what is replayed
         return step
+    folder_of(directory, comm.rank, 0).parent.mkdir(parents=True, exist_ok=True)
 
     def recorded(state: State, *batches: Any) -> tuple[State, Metrics]:
         number = int(state.step) if state.step.numel() == 1 else None  # not of a donated state
@@ -73,19 +84,26 @@ def record(
         tensors: dict[str, Tensor] = {}
         before = _before(state, batches, tensors)
         tape = Tape(digests)
-        result: dict[str, str] = {}
-        ended = ""
+
+        def keep(**ended: Any) -> str:
+            about = _about(comm, number, before, tape.heard, tensors)._replace(**ended)
+            try:
+                write(folder_of(directory, comm.rank, number), about, tensors)
+            except (OSError, ValueError) as error:
+                return f"there is no recording of step {number}: {error}"
+            return ""
+
         try:
             with comm.heard_by(tape):
                 after, metrics = step(state, *batches)
-            result = digests_of(after, metrics)
         except BaseException as error:  # an interrupt ends it too: it shall not look finished
-            ended = f"{type(error).__name__}: {error}".removesuffix(": ")
+            problem = keep(ended=f"{type(error).__name__}: {error}".removesuffix(": "))
+            if problem:
+                error.add_note(problem)
             raise
-        finally:
-            about = _about(comm, number, before, tape.heard, tensors)
-            folder = folder_of(directory, comm.rank, number)
-            write(folder, about._replace(result=result, ended=ended), tensors)
+        problem = keep(result=digests_of(after, metrics))
+        if problem:
+            warnings.warn(problem, stacklevel=2)
         return after, metrics
 
     return recorded
@@ -105,6 +123,7 @@ def _before(state: State, batches: tuple[Any, ...], tensors: dict[str, Tensor]) 
         "batches": describe(batches, "batches", given),
         "random": describe(stand(), "random", given),
     }
+    check_dtypes(given)
     tensors.update((name, _copy(x)) for name, x in given.items())
     return before
 

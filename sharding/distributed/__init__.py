@@ -1,4 +1,4 @@
-"""Real ranks: one process per rank, started by torchrun. The only import of torch.distributed."""
+"""Real ranks: one process per rank, started by torchrun. No group is named outside of here."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 @contextmanager
 def distributed(
-    mesh: Mesh, *, timeout: float = 600.0, device: str | None = None
+    mesh: Mesh, *, timeout: float = 600.0, device: str | torch.device | None = None
 ) -> Iterator[DistributedComm]:
     """This process as one rank of ``mesh``: ``with distributed(mesh) as comm: program(comm, ...)``.
 
@@ -41,7 +41,7 @@ def distributed(
 
     Raises:
         RuntimeError: torchrun's variables are missing.
-        ValueError: the mesh has not as many ranks as there are processes.
+        ValueError: the mesh has not as many ranks as there are processes; another device.
         Divergence: from a collective, if ranks part ways.
 
     >>> with distributed(Mesh(ep=2)) as comm:  # doctest: +ELLIPSIS
@@ -65,7 +65,7 @@ def distributed(
             f"{mesh} has {mesh.size} ranks, but {world} processes were started: start {mesh.size} "
             f"(torchrun --nproc-per-node {mesh.size}), or axes whose sizes multiply to {world}"
         )
-    kind = device or ("cuda" if _has_cuda(ours) else "cpu")
+    kind = _kind(device) or ("cuda" if _has_cuda(ours) else "cpu")
     if ours:
         _join(kind, timeout)
     ends_well = kind == "cpu"  # else NCCL would wait here for ranks that are stuck
@@ -81,6 +81,16 @@ def distributed(
     finally:
         if ours and ends_well:
             dist.destroy_process_group()
+
+
+def _kind(device: str | torch.device | None) -> str:
+    """``"cpu"``, ``"cuda"`` or nothing; which of a host's GPUs a rank has is not said here."""
+    if device is None or str(device) in ("cpu", "cuda"):
+        return str(device or "")
+    raise ValueError(
+        f"distributed(..., device={str(device)!r}): 'cpu' or 'cuda'. A rank has the GPU of its "
+        "LOCAL_RANK, or of torch.cuda.set_device in a process group that exists already"
+    )
 
 
 def _has_cuda(ours: bool) -> bool:

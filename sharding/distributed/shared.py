@@ -115,7 +115,9 @@ class SharedLink:
     def _segment(self, parcel: Parcel) -> Segment:
         if parcel.written is None:
             if parcel.nbytes >= LARGE and not self.outbox.free:
-                while select.select([self.socket], [], [], 0)[0]:  # it may have been given back
+                poll = select.poll()
+                poll.register(self.socket, select.POLLIN)
+                while poll.poll(0):  # it may have been given back
                     self._hear()
             parcel.written = self.outbox.take(parcel.nbytes)
             parcel.write(parcel.written.memory)
