@@ -155,7 +155,8 @@ def moe(
     """``y_t = sum_k score_tk FFN_{id_tk}(x_t)``, for experts that other ranks may hold.
 
     Differentiable to any order in the experts, the tokens and the scores, and closed under ``vmap``
-    (lanes that route differently run one after another).
+    (lanes that route differently run one after another). Experts compute in the dtype of their
+    weights and tokens, which ``torch.autocast`` does not change: ``Precision`` of a plan does.
 
     Args:
         experts: this rank's view, ``gate_up (e, 2F, D)`` and ``down (e, D, F)``.

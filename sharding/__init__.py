@@ -6,6 +6,7 @@ of whole tensors into one of shards. :func:`simulate` runs all ranks in this pro
 :func:`distributed` makes this process one of them.
 """
 
+from .collectives import all_gather, all_to_all, psum, pvary, reduce_scatter
 from .comm import Comm, Divergence
 from .distributed import distributed
 from .gather import Precision
@@ -25,11 +26,16 @@ __all__ = [
     "Plan",
     "Precision",
     "Rule",
+    "all_gather",
+    "all_to_all",
     "distributed",
     "expert_parallel",
     "interval",
     "make_plan",
     "partition",
+    "psum",
+    "pvary",
+    "reduce_scatter",
     "replicated",
     "reshard",
     "sharded",

@@ -65,8 +65,8 @@ sharding.distributed.nccl   <- comm distributed.overdue distributed.ranks diverg
 sharding.distributed.rendezvous <-
 sharding.distributed        <- distributed.nccl distributed.pairwise distributed.ranks
                                distributed.rendezvous mesh
-sharding.__init__           <- comm distributed gather leaf mesh plan reshard rule sharded
-                               simulate
+sharding.__init__           <- collectives comm distributed gather leaf mesh plan reshard rule
+                               sharded simulate
 sharding.recording          <- comm mesh simulate
 sharding.rehearsal          <- buffers comm mesh specification
 sharding.strategies         <- mesh plan rule

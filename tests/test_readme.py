@@ -1,7 +1,8 @@
-"""The README is run: each ``python`` block by itself; it prints the ``text`` block directly below.
+"""The README and the recipes are run: a ``python`` block prints the ``text`` block directly below.
 
-In a ``text`` block ``...`` stands for anything, and a number with a decimal point for every number
-within a thousandth of it. ``sh`` blocks name targets that the Makefile has. There is no other kind.
+Each block runs by itself. In a ``text`` block ``...`` stands for anything, and a number with a
+decimal point for every number within a thousandth of it. ``sh`` blocks name targets that the
+Makefile has. There is no other kind.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
+PAGES = ("README.md", "docs/recipes.md")
 NUMBER = r"[-+]?\d+\.\d*(?:e[-+]?\d+)?"
 
 
@@ -53,7 +55,7 @@ def examples(markdown: str) -> list[Example]:
             below = block.line + block.text.count("\n") + 2  # past the two fences, or a blank line
             output = texts.get(below, texts.get(below + 1))
             made.append(Example(block.line, block.text, output))
-    assert made, "the README shows no program"
+    assert made, "the page shows no program"
     return made
 
 
@@ -74,12 +76,19 @@ def agrees(printed: str, expected: str) -> bool:
     )
 
 
-@pytest.mark.parametrize("example", examples(README), ids=lambda example: f"line {example.line}")
-def test_a_program_prints_what_the_readme_says(
-    example: Example, capsys: pytest.CaptureFixture[str]
+PROGRAMS = [
+    pytest.param(page, example, id=f"{page} line {example.line}")
+    for page in PAGES
+    for example in examples((ROOT / page).read_text("utf-8"))
+]
+
+
+@pytest.mark.parametrize(("page", "example"), PROGRAMS)
+def test_a_program_prints_what_the_page_says(
+    page: str, example: Example, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    padding = "\n" * (example.line - 1)  # so that a traceback names the line of the README
-    exec(compile(padding + example.program, ROOT / "README.md", "exec"), {"__name__": "__main__"})
+    padding = "\n" * (example.line - 1)  # so that a traceback names the line of the page
+    exec(compile(padding + example.program, ROOT / page, "exec"), {"__name__": "__main__"})
     printed = capsys.readouterr().out
     if example.output is not None:
         assert agrees(printed, example.output), f"printed:\n{printed}"
