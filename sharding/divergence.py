@@ -81,14 +81,13 @@ class Kinds:
 
 def where(thread: Thread | None) -> str:
     """The line of the user's program in which a thread stands, if it is in one."""
-    here = Path(__file__).parent
+    elsewhere = {Path(__file__).parent, Path(torch.__file__).parent}
     frame: FrameType | None = None
     if thread is not None and thread.ident is not None:
         frame = sys._current_frames().get(thread.ident)
     while frame is not None:
         file = Path(frame.f_code.co_filename)
-        outside = here not in file.parents and file.parent.name != "threading"
-        if outside and "torch" not in file.parts and file.name != "threading.py":
+        if elsewhere.isdisjoint(file.parents) and file.name != "threading.py":
             return f"\n      in {frame.f_code.co_name} ({file.name}:{frame.f_lineno})"
         frame = frame.f_back
     return ""

@@ -74,8 +74,9 @@ class Mesh:
             )
         for position, axis in enumerate(axes):
             if axis not in self.axes:
-                known = ", ".join(map(repr, self.axes)) or "none: it has no axes"
-                raise ValueError(f"axis {axis!r} is not on {self}: name axes among {known}")
+                known = ", ".join(map(repr, self.axes))
+                fix = f"name axes among {known}" if known else f"one process is Mesh({axis}=1)"
+                raise ValueError(f"axis {axis!r} is not on {self}: {fix}")
             if axis in axes[:position]:
                 raise ValueError(f"axis {axis!r} is named twice in {axes!r}")
         return axes

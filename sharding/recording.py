@@ -41,8 +41,14 @@ class Recording(Comm):
 
     def __init__(self, comm: Comm) -> None:
         super().__init__(comm.mesh, comm.rank)
-        self.comm, self.place = comm, comm.place
+        self.comm, self.place, self.device = comm, comm.place, comm.device
         self.events: list[Event] = []
+
+    def on(self, mesh: Mesh) -> Recording:
+        other = super().on(mesh)
+        assert isinstance(other, Recording)
+        other.comm = self.comm.on(mesh)  # one list of events for both
+        return other
 
     def _start(self, op: Op, xs: list[Tensor]) -> Work:
         shapes = tuple(tuple(x.shape) for x in xs)

@@ -58,8 +58,8 @@ def _check(from_plan: Plan, to_plan: Plan, comm: Comm) -> None:
     sizes = {from_plan.mesh.size, to_plan.mesh.size, comm.mesh.size}
     if len(sizes) > 1:
         raise ValueError(
-            f"{from_plan.mesh}, {to_plan.mesh} and the ranks, {comm.mesh}, must be as many: save a "
-            "checkpoint to go on with more ranks or fewer"
+            f"{from_plan.mesh}, {to_plan.mesh} and the ranks, {comm.mesh}, differ in how many they "
+            "are: save a checkpoint to go on with more ranks or fewer"
         )
     for old, new in zip(from_plan.leaves, to_plan.leaves, strict=False):
         if (old.path, old.shape, old.dtype) != (new.path, new.shape, new.dtype):

@@ -99,7 +99,7 @@ class _Work:
     op: Op
     xs: list[Tensor]
     fiber: tuple[int, ...]
-    number: int  # the how-manieth collective of this rank over this fiber
+    number: int  # of the collectives of this rank over this fiber, from 1 on
     result: list[Tensor] | None = None
 
     def wait(self) -> list[Tensor]:

@@ -33,7 +33,7 @@ def put(states: list[Tensor]) -> None:
 
 @contextmanager
 def standing(states: list[Tensor]) -> Iterator[None]:
-    """For the time being."""
+    """While this is active, the default generators stand there; then where they stood before."""
     before = stand()
     put(states)
     try:

@@ -42,7 +42,7 @@ class Unit:
         plan.check_mesh(comm)
         self.plan, self.comm, self.backward = plan, comm, backward
         self.travelling = [i for i, w in enumerate(plan.layouts) if not w.is_local]
-        # Of these only what has another shape than its shard takes a view.
+        # What does not travel is its own view, unless that has another shape than the shard.
         self.local = [
             (i, w.view_shape)
             for i, w in enumerate(plan.layouts)

@@ -182,7 +182,7 @@ def test_plans_that_do_not_fit_are_refused() -> None:
 
     old = plan(params)
     for new, message in (
-        (plan(params, Mesh(edp=4)), r"must be as many: save a checkpoint"),
+        (plan(params, Mesh(edp=4)), r"differ in how many they are: save a checkpoint"),
         (plan({"w": torch.zeros(6)}), r"differ in params\['w'\] \(4,\).* and params\['w'\] \(6,\)"),
         (plan({**params, "x": torch.zeros(1)}), r"different params: they differ in params\['x'\]"),
     ):

@@ -11,10 +11,11 @@ from budget import one_in
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharding import Comm, Mesh
+from sharding import Comm, Mesh, simulate
 from sharding.comm import Op
+from sharding.recording import Event
 from sharding.sharded import Backward
-from sharding.testing import check_symmetry
+from sharding.testing import Recording, check_symmetry
 
 MESH = Mesh(edp=2, ep=2)
 
@@ -76,3 +77,12 @@ def test_rows_of_an_all_to_all_may_differ() -> None:
 
     events = check_symmetry(program, Mesh(ep=2))
     assert [event.what for event in events] == ["start", "wait"]
+
+
+def test_a_recording_hears_other_arrangements_of_its_ranks() -> None:
+    def program(comm: Comm) -> list[Event]:
+        recording = Recording(comm)
+        recording.on(Mesh(edp=2, ep=2)).all_reduce([torch.ones(2)], ("edp",))
+        return recording.events
+
+    assert [event.op.axes for event in simulate(program, Mesh(ep=4))[0]] == [("edp",)] * 2

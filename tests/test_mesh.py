@@ -73,3 +73,10 @@ def test_a_rank_that_is_not_there_is_refused(rank: int) -> None:
 def test_so_are_coordinates(coords: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=r"is not on Mesh\(edp=2, ep=3\)"):
         Mesh(edp=2, ep=3).rank(coords)
+
+
+def test_a_mesh_without_axes_says_how_one_process_has_them() -> None:
+    with pytest.raises(
+        ValueError, match=r"axis 'ep' is not on Mesh\(\): one process is Mesh\(ep=1\)"
+    ):
+        Mesh().check(("ep",))

@@ -14,7 +14,7 @@ from functional_ep.huggingface.parts import Part
 class Owner(NamedTuple):
     """A module that owns parameters: it has a plain dict of views, or one that has them gathered.
 
-    So that reading a parameter, which layers do all the time, costs what it costs in any module.
+    Reading a parameter, which layers do all the time, then costs what it costs in any module.
     """
 
     module: nn.Module

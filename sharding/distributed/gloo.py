@@ -97,7 +97,7 @@ class Messages:
         self.link, self.works, self.memory = link, works, memory
 
     def wait(self, leave: int = 0) -> None:
-        """Until all but so many of the last have arrived or left.
+        """Wait until all but the last ``leave`` messages have arrived or left.
 
         Raises:
             ConnectionError: the other rank has gone.

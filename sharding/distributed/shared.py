@@ -202,7 +202,7 @@ class SharedLink:
 
 
 class SharedArrival:
-    """A parcel that is awaited, the so-manieth of its link."""
+    """A parcel that is awaited, by its number among those of its link."""
 
     def __init__(
         self, link: SharedLink, number: int, like: Sequence[Tensor], into: bool, about: bytes
