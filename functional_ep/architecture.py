@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from typing import Any, NamedTuple
 
 import torch
@@ -53,7 +54,7 @@ class Config:
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        for name in ("vocab", "layers", "experts", "ffn"):
+        for name in ("vocab", "dim", "layers", "experts", "ffn"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: at least 1")
         if self.heads < 1 or self.dim % (2 * self.heads):
@@ -62,6 +63,11 @@ class Config:
             )
         if not 1 <= self.top_k <= self.experts:
             raise ValueError(f"top_k={self.top_k}: choose from 1 to experts={self.experts}")
+        for name in ("balance", "z", "eps"):
+            if not 0 <= getattr(self, name) < inf:
+                raise ValueError(f"{name}={getattr(self, name)}: at least 0, and finite")
+        if not 0 < self.theta < inf:
+            raise ValueError(f"theta={self.theta}: positive, and finite")
 
 
 def init(cfg: Config, seed: int = 0, dtype: torch.dtype = torch.float32) -> Params:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import inf, nan
 from typing import Any
 
 import pytest
@@ -37,6 +38,13 @@ def plan_on(mesh: Mesh, params: Any) -> Plan:
         (dict(top_k=5), "top_k=5: choose from 1 to experts=4"),
         (dict(top_k=0), "top_k=0"),
         (dict(layers=0), "layers=0: at least 1"),
+        (dict(dim=0), "dim=0: at least 1"),
+        (dict(z=nan), "z=nan: at least 0, and finite"),
+        (dict(balance=-0.1), "balance=-0.1: at least 0, and finite"),
+        (dict(eps=inf), "eps=inf: at least 0, and finite"),
+        (dict(theta=0.0), "theta=0.0: positive, and finite"),
+        (dict(theta=-1.0), "theta=-1.0: positive, and finite"),
+        (dict(theta=nan), "theta=nan: positive, and finite"),
     ],
 )
 def test_impossible_models_are_refused(change: dict[str, Any], message: str) -> None:
