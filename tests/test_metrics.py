@@ -98,6 +98,12 @@ RUNS = {
     "many experts": [entry(step, layers=12, experts=64) for step in range(1, 4)],
     "a loss that blew up": [entry(1), entry(2, bits_per_byte=math.nan, grad_norm=math.inf)],
     "idle": [entry(1) | {"tokens_per_expert": [[0, 0], [0, 0]]}],
+    "a text without entropy": [entry(1, valid_bits_per_byte=0.4, unigram=0.0, xz=480.0)],
+    "all is learnt": [
+        entry(1),
+        entry(2, bits_per_byte=0.0, grad_norm=0.0, valid_bits_per_byte=0.0, unigram=0.0, xz=0.0),
+    ],
+    "nothing moves": [entry(step, grad_norm=0.0, lr=0.0) for step in (1, 2)],
 }
 
 
