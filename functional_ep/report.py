@@ -14,6 +14,8 @@ from .plot import plot
 from .stopping import Wish
 from .train import Log, Report, train
 
+PICTURE = "training.png"
+
 
 def run(comm: Comm, job: Job, wish: Wish) -> Report:
     """The program of one rank: train, and on rank 0 keep a journal, draw the plot and say it."""
@@ -42,29 +44,30 @@ def run(comm: Comm, job: Job, wish: Wish) -> Report:
     with metrics.journal(out / JOURNAL, recipe.steps, progress.step) as log:
         report = go(log)
     records = metrics.read(out / JOURNAL)
-    plot(records, out / "training.png", title=headline(report, job, records))
+    if records:
+        plot(records, out / PICTURE, title=headline(report, job, records))
     print(summary(report, job, records))
     return report
 
 
 def headline(report: Report, job: Job, records: Sequence[Record]) -> str:
-    """One line on model and mesh."""
+    """One line on model, mesh and, if a step is on record, speed."""
     tokens, seconds = _spent(records)
-    return (
-        f"{report.parameters / 1e6:.1f} M parameters: {report.description}; {job.mesh}, "
-        f"{tokens / seconds:,.0f} tokens/s"
-    )
+    speed = f", {tokens / seconds:,.0f} tokens/s" if records else ""
+    return f"{report.parameters / 1e6:.1f} M parameters: {report.description}; {job.mesh}{speed}"
 
 
 def summary(report: Report, job: Job, records: Sequence[Record]) -> str:
     """The last words of a run."""
     unigram, xz = report.baselines
     predicted = min(job.recipe.eval_bytes, len(job.corpus.valid)) - 1
-    written = f"\n{job.out / WEIGHTS}" if job.recipe.weights else ""
     tokens, seconds = _spent(records)
+    spent = f"{tokens:,} tokens in {seconds / 60:.1f} minutes of training"
+    left = {JOURNAL: True, PICTURE: bool(records), WEIGHTS: bool(job.recipe.weights)}
+    paths = "\n".join(str(job.out / name) for name, there in left.items() if there)
     return f"""
 {headline(report, job, records)}
-{tokens:,} tokens in {seconds / 60:.1f} minutes of training
+{spent if records else "no step of it is on record: its journal was removed"}
 
 validation, {predicted:,} bytes      bits per byte
   this model        {report.valid_bits_per_byte:.3f}
@@ -73,8 +76,7 @@ validation, {predicted:,} bytes      bits per byte
 
 {textwrap.indent(report.sample, "  | ", lambda _: True)}
 
-{job.out / JOURNAL}
-{job.out / "training.png"}{written}"""
+{paths}"""
 
 
 def _spent(records: Sequence[Record]) -> tuple[int, float]:
