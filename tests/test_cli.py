@@ -212,6 +212,11 @@ REFUSED = [
         "or --simulate 2), or choose sizes whose product is 4",
     ),
     (
+        ["--mesh", "ep=3", "--simulate", "3", "--set", "model.experts=4"],
+        None,
+        "--mesh ep=3: 4 experts do not divide by the 3 ranks along ep; choose an ep that divides 4",
+    ),
+    (
         ["--simulate", "4"],
         2,
         "--simulate 4 inside one of 2 processes of torchrun; "
