@@ -1,5 +1,6 @@
 """The command: one program on every mesh, and arguments that are answered when they are wrong."""
 
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -165,6 +166,17 @@ def test_runs_that_differ_go_to_different_places_and_the_same_run_to_the_same() 
     assert out() != out("--set", "seed=1")
     assert out() == out("--simulate", "2"), "a run cannot go on with other ranks"
     assert out("--out", "here") == Path("here")
+
+
+def test_a_directory_whose_name_is_no_text_has_a_place_of_its_own(tmp_path: Path) -> None:
+    def out(name: bytes) -> Path:
+        directory = tmp_path / os.fsdecode(name)
+        directory.mkdir()
+        (directory / "text").write_bytes(b"0123456789" * 100)
+        parsed = cli.parser().parse_args(["train", "--data", str(directory)])
+        return job.prepare(parsed, None).out
+
+    assert out(b"d\xff") != out(b"d\xfe")
 
 
 # -- meshes --------------------------------------------------------------------------------------

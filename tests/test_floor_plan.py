@@ -187,13 +187,13 @@ functional_ep.__init__      <- checkpoint compile huggingface labels lm optim re
                                sharding
 functional_ep.testing       <- lm optim schedules state train_step vote
                                sharding sharding.testing
-functional_ep.corpus        <-
+functional_ep.corpus        <- safetensors_file
 functional_ep.data          <- corpus
 functional_ep.metrics       <-
 functional_ep.plot          <- metrics
 functional_ep.malloc        <-
 functional_ep.config        <- lm
-functional_ep.vocabulary    <-
+functional_ep.vocabulary    <- corpus
 functional_ep.program       <- config data huggingface huggingface.idle lm optim schedules state
                                train_step vocabulary sharding
 functional_ep.stopping      <- sharding sharding.collectives

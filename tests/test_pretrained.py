@@ -42,6 +42,15 @@ def test_a_text_goes_through_its_tokenizer_and_back(weights: Path) -> None:
     assert vocabulary.decode(tokens.tolist()) == text
 
 
+def test_a_text_is_tokenised_without_a_list_of_its_bytes(
+    weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vocabulary, text = of_directory(weights), torch.tensor(list(b"the \xff"), dtype=torch.uint8)
+    monkeypatch.setattr(torch.Tensor, "tolist", None, raising=False)
+    tokens = vocabulary.encode(text)
+    assert vocabulary.decode(list(map(int, tokens))) == "the \ufffd".encode()
+
+
 def arguments(weights: Path, out: Path, ranks: int) -> list[str]:
     changes = ("steps=3", "batch=3", "seq=12", "eval_every=2", "eval_bytes=150", "sample=4")
     return [
