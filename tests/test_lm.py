@@ -100,6 +100,16 @@ def test_experts_of_one_layer_that_are_split_differently_are_refused() -> None:
         simulate(program, Mesh(edp=1, ep=2))
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_shapes_are_those_of_the_params_and_take_no_memory(tied: bool) -> None:
+    cfg = replace(CFG, tied=tied)
+    found, params = (reference.named(x) for x in (lm.shapes(cfg, torch.float64), lm.init(cfg)))
+    assert {path: x.shape for path, x in found.items()} == {p: x.shape for p, x in params.items()}
+    assert {(x.device.type, x.dtype) for x in found.values()} == {("meta", torch.float64)}
+    mesh = Mesh(edp=2, ep=2)
+    assert plan_on(mesh, lm.shapes(cfg)) == plan_on(mesh, lm.init(cfg))
+
+
 def test_initial_params_are_a_function_of_the_seed() -> None:
     one, two, other = (reference.named(lm.init(CFG, seed)) for seed in (1, 1, 2))
     assert all(torch.equal(one[path], two[path]) for path in one)
