@@ -12,37 +12,23 @@ from .job import JOURNAL, WEIGHTS, Job
 from .metrics import Record
 from .plot import plot
 from .stopping import Wish
-from .train import Log, Report, train
+from .train import Report, train
 
 PICTURE = "training.png"
 
 
 def run(comm: Comm, job: Job, wish: Wish) -> Report:
     """The program of one rank: train, and on rank 0 keep a journal, draw the plot and say it."""
-    recipe, corpus, _, device, out, progress = job
-    weights = out / WEIGHTS if recipe.weights else None
-
-    def go(log: Log) -> Report:
-        return train(
-            comm,
-            recipe,
-            corpus,
-            device=device,
-            log=log,
-            weights=weights,
-            progress=progress,
-            wish=wish,
-        )
-
     if comm.rank > 0:
-        return go(lambda _: None)
+        return train(comm, job, lambda _: None, wish)
+    out, step = job.out, job.progress.step
     out.mkdir(parents=True, exist_ok=True)
-    (out / "recipe.toml").write_text(config.dumps(recipe), encoding="utf-8")
-    print(corpus.origin)
-    if progress.step:
-        print(f"going on after step {progress.step}; --restart begins anew")
-    with metrics.journal(out / JOURNAL, recipe.steps, progress.step) as log:
-        report = go(log)
+    (out / "recipe.toml").write_text(config.dumps(job.recipe), encoding="utf-8")
+    print(job.corpus.origin)
+    if step:
+        print(f"going on after step {step}; --restart begins anew")
+    with metrics.journal(out / JOURNAL, job.recipe.steps, step) as log:
+        report = train(comm, job, log, wish)
     records = metrics.read(out / JOURNAL)
     if records:
         plot(records, out / PICTURE, title=headline(report, job, records))

@@ -199,9 +199,9 @@ functional_ep.program       <- config data huggingface huggingface.idle lm optim
 functional_ep.stopping      <- sharding sharding.collectives
 functional_ep.progress      <- agreement checkpoint checkpoint.disk checkpoint.folder config corpus
                                program state sharding
-functional_ep.train         <- agreement config corpus data metrics program progress state stopping
-                               vocabulary sharding sharding.collectives
 functional_ep.job           <- config corpus data huggingface progress vocabulary sharding
+functional_ep.train         <- agreement config corpus data job metrics program progress stopping
+                               sharding sharding.collectives
 functional_ep.report        <- config job metrics plot stopping train sharding
 functional_ep.commands      <- checkpoint job malloc metrics program report stopping
                                sharding sharding.distributed

@@ -86,6 +86,29 @@ def test_the_command_trains_weights_alike_on_every_mesh_and_writes_them(
             torch.testing.assert_close(other[name], x, rtol=0, atol=1e-3)
 
 
+def test_a_validation_text_of_one_token_is_refused_before_any_step(
+    weights: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "text").write_text("th" * 500)
+    more = ["--data", str(tmp_path / "text"), "--set", "eval_bytes=2"]
+    message = "validation text has 1 tokens, and predicting needs 2: give more --data, or a larger"
+    with pytest.raises(SystemExit, match=message):
+        cli.main([*arguments(weights, tmp_path / "out", 1), *more])
+    assert metrics.read(tmp_path / "out" / "metrics.jsonl") == []
+
+
+def test_weights_are_written_before_anything_else_can_go_wrong(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> Any:
+        raise OSError("no sample today")
+
+    monkeypatch.setattr("functional_ep.train.generate", fail)
+    with pytest.raises(SystemExit, match="no sample today"):
+        cli.main(arguments(weights, tmp_path / "out", 2))
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "weights")
+
+
 @pytest.mark.parametrize("missing", ["tokenizer", "out"])
 def test_what_would_be_lost_at_the_end_is_refused_at_the_start(
     missing: str, weights: Path, tmp_path: Path
