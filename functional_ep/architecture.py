@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from typing import Any, NamedTuple
 
 import torch
@@ -53,7 +54,7 @@ class Config:
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        for name in ("vocab", "layers", "experts", "ffn"):
+        for name in ("vocab", "dim", "layers", "experts", "ffn"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: at least 1")
         if self.heads < 1 or self.dim % (2 * self.heads):
@@ -62,6 +63,11 @@ class Config:
             )
         if not 1 <= self.top_k <= self.experts:
             raise ValueError(f"top_k={self.top_k}: choose from 1 to experts={self.experts}")
+        for name in ("balance", "z", "eps"):
+            if not 0 <= getattr(self, name) < inf:
+                raise ValueError(f"{name}={getattr(self, name)}: at least 0, and finite")
+        if not 0 < self.theta < inf:
+            raise ValueError(f"theta={self.theta}: positive, and finite")
 
 
 def init(cfg: Config, seed: int = 0, dtype: torch.dtype = torch.float32) -> Params:
@@ -75,17 +81,35 @@ def init(cfg: Config, seed: int = 0, dtype: torch.dtype = torch.float32) -> Para
     torch.Size([2, 8, 8])
     """
     random = torch.Generator().manual_seed(seed)
-    d, narrow = cfg.dim, (2 * cfg.layers) ** -0.5
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         x = torch.randn(*shape, generator=random, dtype=torch.float32)
         return (x * (scale * shape[-1] ** -0.5)).to(dtype)
 
+    return _params(cfg, normal, partial(torch.ones, dtype=dtype))
+
+
+def shapes(cfg: Config, dtype: torch.dtype = torch.float32) -> Params:
+    """The params of :func:`init` on the meta device: all that a plan has to know, and no memory.
+
+    >>> shapes(Config(dim=8, heads=2, layers=1, experts=2, ffn=4))["norm"]
+    tensor(..., device='meta', size=(8,))
+    """
+
+    def empty(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    return _params(cfg, empty, empty)
+
+
+def _params(cfg: Config, normal: Callable[..., Tensor], ones: Callable[[int], Tensor]) -> Params:
+    d, narrow = cfg.dim, (2 * cfg.layers) ** -0.5
+
     def block() -> Params:
         return {
-            "norm1": torch.ones(d, dtype=dtype),
+            "norm1": ones(d),
             "attention": {"qkv": normal(3 * d, d), "out": normal(d, d, scale=narrow)},
-            "norm2": torch.ones(d, dtype=dtype),
+            "norm2": ones(d),
             "router": normal(cfg.experts, d),
             "experts": {
                 "gate_up": normal(cfg.experts, 2 * cfg.ffn, d),
@@ -95,7 +119,7 @@ def init(cfg: Config, seed: int = 0, dtype: torch.dtype = torch.float32) -> Para
 
     params: Params = {"embed": normal(cfg.vocab, d)}
     params["blocks"] = [block() for _ in range(cfg.layers)]
-    params["norm"] = torch.ones(d, dtype=dtype)
+    params["norm"] = ones(d)
     return params if cfg.tied else params | {"head": normal(cfg.vocab, d)}
 
 

@@ -15,6 +15,8 @@ from . import lm
 
 T = TypeVar("T")
 
+SEEDS = 2**63  # as many as TOML's integers hold; torch's generators know all of them
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -49,6 +51,8 @@ class Recipe:
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least {bound}")
+        if self.seed >= SEEDS:
+            raise ValueError(f"seed = {self.seed}: must be less than 2**63")
         if self.model.vocab != 256:
             raise ValueError(f"model.vocab = {self.model.vocab}: texts are bytes, so it is 256")
         for name in ("lr", "weight_decay"):
@@ -69,7 +73,7 @@ def load(config: T, path: str | Path) -> T:
         TypeError: a value has another type than its key.
     """
     try:
-        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise OSError(
             f"cannot read --config {path}: {error.strerror}; give an existing TOML file"

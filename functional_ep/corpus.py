@@ -1,17 +1,27 @@
 """Corpora: the bytes of texts, split by file into training and validation."""
 
-import ctypes
 import os
+import stat
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from .safetensors_file import memory_of
+
+T = TypeVar("T")
+
 VALIDATION_SHARE = 0.05
+KINDS = {
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+}
 
 
 class Corpus(NamedTuple):
@@ -33,9 +43,17 @@ def fingerprint(corpus: Corpus) -> str:
     return "\n".join(f"{name}: {len(x)} bytes, {_digest(x)}" for name, x in sides.items())
 
 
-def _digest(x: Tensor) -> str:
-    x = x.to("cpu", torch.uint8).contiguous()
-    return blake2b(ctypes.string_at(x.data_ptr(), x.nbytes), digest_size=8).hexdigest()
+def bytes_of(text: Tensor) -> memoryview:
+    """The bytes of a text; those of a uint8 vector on CPU are not copied.
+
+    >>> bytes(bytes_of(torch.tensor([104, 105])))
+    b'hi'
+    """
+    return memory_of(text.to("cpu", torch.uint8).contiguous())
+
+
+def _digest(text: Tensor) -> str:
+    return blake2b(bytes_of(text), digest_size=8).hexdigest()
 
 
 def standard_library() -> Corpus:
@@ -53,6 +71,7 @@ def standard_library() -> Corpus:
 def read(paths: Sequence[str | Path]) -> Corpus:
     """The bytes of files and, recursively, of directories, without their hidden entries.
 
+    Symbolic links are followed, and a directory that several paths lead to is read once.
     Split by file: the digest of a file's path relative to the given directory decides whether it
     trains or validates (about 5 %), so neither other files nor the place of the directory move it.
     Each side keeps one file even where chance says otherwise. A single file is split by bytes: its
@@ -64,17 +83,20 @@ def read(paths: Sequence[str | Path]) -> Corpus:
     """
     named = [item for path in paths for item in sorted(_files(Path(path)))]
     once = {path.resolve(): (name, path) for name, path in reversed(named)}
-    return _split(list(once.values()), ", ".join(map(str, paths)))
+    return _split(list(once.values()), ", ".join(map(_shown, paths)))
 
 
 def _files(path: Path) -> Iterator[tuple[str, Path]]:
     if path.is_file():
         yield path.name, path
     elif path.is_dir():
-        for file in path.rglob("*"):
-            name = file.relative_to(path)
-            if file.is_file() and not any(part.startswith(".") for part in name.parts):
-                yield name.as_posix(), file
+        yield from _inside(path)
+    elif path.exists():
+        kind = KINDS.get(stat.S_IFMT(path.stat().st_mode), "something else")
+        raise ValueError(
+            f"--data {path} is {kind}, neither a file nor a directory; "
+            "write what it gives to a file"
+        )
     else:
         raise FileNotFoundError(
             f"--data {path}: no such file or directory (looked from {Path.cwd()}); "
@@ -82,8 +104,27 @@ def _files(path: Path) -> Iterator[tuple[str, Path]]:
         )
 
 
+def _inside(root: Path) -> Iterator[tuple[str, Path]]:
+    """Files below a directory, and their names there: those that no link leads to come first."""
+    known: set[Path] = set()
+    folders, links = [root], list[Path]()
+    while folders or links:
+        folder = (folders or links).pop()
+        real = folder.resolve()
+        if real in known:  # a link back, or a second one
+            continue
+        known.add(real)
+        for entry in _read(folder, lambda path: sorted(path.iterdir())):
+            if entry.name.startswith("."):
+                continue
+            if entry.is_file():
+                yield entry.relative_to(root).as_posix(), entry
+            elif entry.is_dir():
+                (links if entry.is_symlink() else folders).append(entry)
+
+
 def _split(files: Sequence[tuple[str, Path]], origin: str) -> Corpus:
-    texts = [(name, _bytes(path)) for name, path in files]
+    texts = [(name, _read(path, Path.read_bytes)) for name, path in files]
     texts = sorted(((name, text) for name, text in texts if text), key=lambda item: _place(item[0]))
     if not texts:
         raise ValueError(
@@ -117,13 +158,18 @@ def _split_bytes(text: bytes, origin: str) -> Corpus:
     )
 
 
+def _shown(path: str | Path) -> str:
+    """A path as text; bytes of it that are none are shown by their numbers."""
+    return os.fsencode(path).decode("utf-8", errors="backslashreplace")
+
+
 def _place(name: str) -> float:
     return int.from_bytes(blake2b(os.fsencode(name), digest_size=8).digest(), "big") / 2**64
 
 
-def _bytes(path: Path) -> bytes:
+def _read(path: Path, how: Callable[[Path], T]) -> T:
     try:
-        return path.read_bytes()
+        return how(path)
     except OSError as error:
         raise OSError(
             f"cannot read {path}: {error.strerror}; make it readable, or leave it out of --data"

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .corpus import Corpus
+from .corpus import Corpus, bytes_of
 
 IGNORED = -100
 """The label of a position that has no next byte; the loss leaves it out."""
@@ -114,7 +114,7 @@ def baselines(text: Tensor) -> Baselines:
     """
     predicted = text[1:]
     frequency = torch.bincount(predicted.long()).double() / len(predicted)
-    packed = lzma.compress(bytes(predicted.tolist()), preset=9 | lzma.PRESET_EXTREME)
+    packed = lzma.compress(bytes_of(predicted), preset=9 | lzma.PRESET_EXTREME)
     return Baselines(
         unigram=torch.special.entr(frequency).sum().item() / math.log(2),
         xz=8 * len(packed) / len(predicted),

@@ -108,7 +108,7 @@ def parse_mesh(text: str) -> Mesh:
 
 
 def mesh_of(text: str | None, ranks: int, experts: int) -> Mesh:
-    """The mesh asked for, if it has as many ranks as there are; the default mesh without a wish."""
+    """The mesh asked for, if ranks and experts allow it; the default mesh without a wish."""
     if text is None:
         return default_mesh(ranks, experts)
     mesh = parse_mesh(text)
@@ -117,6 +117,11 @@ def mesh_of(text: str | None, ranks: int, experts: int) -> Mesh:
             f"--mesh {text} has {mesh.size} ranks, and there are {ranks}; start {mesh.size} "
             f"(torchrun --nproc-per-node {mesh.size} ..., or --simulate {mesh.size}), or choose "
             f"sizes whose product is {ranks}"
+        )
+    if experts % mesh["ep"]:
+        raise ValueError(
+            f"--mesh {text}: {experts} experts do not divide by the {mesh['ep']} ranks along ep; "
+            f"choose an ep that divides {experts}"
         )
     return mesh
 

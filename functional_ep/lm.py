@@ -14,14 +14,14 @@ from sharding import Comm, Plan, sharded
 from sharding.closed import is_mapped
 from sharding.sharded import Backward
 
-from .architecture import Config, Params, constants_of, functions, init, labels, units
+from .architecture import Config, Params, constants_of, functions, init, labels, shapes, units
 from .cross_entropy import IGNORE, cross_entropy
 from .differentiate import sum_over_ranks
 from .routing import Statistics, balance_loss
 
 Batch = Mapping[str, Tensor]
 
-__all__ = ["Batch", "Config", "Params", "apply", "init", "labels", "loss", "units"]
+__all__ = ["Batch", "Config", "Params", "apply", "init", "labels", "loss", "shapes", "units"]
 
 
 def apply(

@@ -72,8 +72,8 @@ def journal(path: Path, steps: int, done: int = 0) -> Iterator[Callable[[Record]
     """A function that writes each record it is given to ``path`` at once, and shows it on a bar.
 
     The bar is on standard error, and only where that is a terminal; evaluations get a line of
-    their own everywhere. The records of the first ``done`` steps stay; later ones are of steps that
-    are made again.
+    their own everywhere. Records of steps up to ``done`` stay; later ones are of steps that are
+    made again.
     """
     from tqdm import tqdm
 
@@ -96,12 +96,20 @@ def journal(path: Path, steps: int, done: int = 0) -> Iterator[Callable[[Record]
 
 
 def _cut(path: Path, done: int) -> None:
-    """Leave the records of the first steps, at every moment in one piece."""
+    """Leave the records of steps up to ``done``, at every moment in one piece."""
     kept = done and path.exists()  # a journal may be gone; the states are what a run goes on with
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if kept else []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if kept else []
     shorter = path.with_name(f".{path.name}.incomplete")
-    shorter.write_text("".join(lines[:done]), encoding="utf-8")
+    shorter.write_text("".join(f"{x}\n" for x in lines if _step(x) <= done), encoding="utf-8")
     shorter.replace(path)
+
+
+def _step(text: str) -> float:
+    """The step of a line; infinite for one that was cut short when its machine went down."""
+    try:
+        return json.loads(text)["step"]
+    except ValueError:
+        return math.inf
 
 
 def require_extras() -> None:

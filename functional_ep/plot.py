@@ -78,16 +78,16 @@ def plot(records: Sequence[Record], path: str | Path, *, title: str = "") -> Non
 
 
 def _loss(axes: Axes, records: Sequence[Record]) -> None:
-    steps, train = _series(records, "bits_per_byte")
+    steps, train = _positive(records, "bits_per_byte")
     axes.plot(steps, train, color=TRAIN, **RAW)
     axes.plot(steps, _smooth(train), color=TRAIN, **BOLD, label="training (smoothed)")
-    evaluated, valid = _series(records, "valid_bits_per_byte")
+    evaluated, valid = _positive(records, "valid_bits_per_byte")
     if valid:
         look: dict[str, Any] = {"color": VALID, "markersize": 4, "clip_on": False, **BOLD}
         axes.plot(evaluated, valid, "o-", label="validation", **look)
     ends = [(height, "validation", VALID) for height in valid[-1:]]
     for name, words in BASELINES.items():
-        for height in _series(records, name)[1][-1:]:
+        for height in _positive(records, name)[1][-1:]:
             axes.axhline(height, color=INK, linewidth=1, linestyle=(0, (5, 4)))
             ends.append((height, words, INK))
     heights = [*train, *valid, *(height for height, _, _ in ends)]
@@ -126,7 +126,7 @@ def _learning_rate(axes: Axes, records: Sequence[Record]) -> None:
 def _gradient_norm(axes: Axes, records: Sequence[Record]) -> None:
     from matplotlib.ticker import LogLocator, StrMethodFormatter
 
-    steps, norms = _series(records, "grad_norm")
+    steps, norms = _positive(records, "grad_norm")
     axes.plot(steps, norms, color=TRAIN, **RAW)
     axes.plot(steps, _smooth(norms), color=TRAIN, **BOLD)
     axes.set(title="Gradient norm, before clipping", yscale="log")
@@ -168,6 +168,12 @@ def _series(records: Sequence[Record], key: str) -> tuple[list[int], list[float]
     """The steps that have ``key``, and its values; null, where it was not finite, leaves a gap."""
     found = [(entry["step"], entry[key]) for entry in records if key in entry]
     return [step for step, _ in found], [math.nan if x is None else x for _, x in found]
+
+
+def _positive(records: Sequence[Record], key: str) -> tuple[list[int], list[float]]:
+    """A series for a logarithmic axis: 0, the entropy of one byte repeated, has no place there."""
+    steps, values = _series(records, key)
+    return steps, [x if x > 0 else math.nan for x in values]
 
 
 def _smooth(values: Sequence[float]) -> list[float]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -51,14 +50,14 @@ class Program(NamedTuple):
     save: Callable[[State, Path], None]  # weights for other programs
 
 
-def build(comm: Comm, recipe: Recipe, device: torch.device) -> Program:
+def build(comm: Comm, recipe: Recipe) -> Program:
     """The recipe's program on this rank of the mesh.
 
     Raises:
         CannotStart: weights that cannot be read or split so.
     """
     if not recipe.weights:
-        return _from_scratch(comm, recipe, device)
+        return _from_scratch(comm, recipe)
     with _startable():
         return _from_weights(comm, recipe)
 
@@ -71,28 +70,27 @@ def _startable() -> Iterator[None]:
         raise CannotStart(error) from error
 
 
-def _from_scratch(comm: Comm, recipe: Recipe, device: torch.device) -> Program:
+def _from_scratch(comm: Comm, recipe: Recipe) -> Program:
     cfg = recipe.model
-    init = partial(lm.init, cfg, seed=recipe.seed)
-    plan = make_plan(init(), lm.labels, RULES, comm.mesh, PRECISION[recipe.precision])
+    plan = make_plan(lm.shapes(cfg), lm.labels, RULES, comm.mesh, PRECISION[recipe.precision])
     loss = lm.loss(cfg, plan, comm, backward="regather", compile=recipe.compile)
     tx = _optimizer(recipe)
 
     def start() -> State:
-        shards: Any = plan.shard(init(), comm)  # the whole of them is not kept
-        return init_state(optree.tree_map(lambda x: x.to(device), shards), plan, tx)
+        shards: Any = plan.shard(lm.init(cfg, recipe.seed), comm)  # the whole of them is not kept
+        return init_state(optree.tree_map(lambda x: x.to(comm.device), shards), plan, tx)
 
     return Program(
-        f"{cfg.layers} layers, {cfg.experts} experts, top-{cfg.top_k}",
-        _size(plan),
-        plan,
-        bytewise(),
-        cfg.vocab,
-        loss,
-        lm.apply(cfg, plan, comm),
-        make_train_step(loss, plan, tx, comm, clip=recipe.clip, donate=True),
-        start,
-        lambda state, path: None,
+        description=f"{cfg.layers} layers, {cfg.experts} experts, top-{cfg.top_k}",
+        parameters=_size(plan),
+        plan=plan,
+        vocabulary=bytewise(),
+        tokens=cfg.vocab,
+        loss=loss,
+        logits=lm.apply(cfg, plan, comm),
+        step=make_train_step(loss, plan, tx, comm, clip=recipe.clip, donate=True),
+        start=start,
+        save=lambda state, path: None,
     )
 
 
@@ -103,21 +101,24 @@ def _from_weights(comm: Comm, recipe: Recipe) -> Program:
     apply, embeddings = model.apply(plan, comm), cast(Any, model.skeleton.get_input_embeddings())
     loss, tx = model.loss(plan, comm, compile=recipe.compile), _optimizer(recipe)
 
+    def logits(shards: Any, ids: Tensor) -> Tensor:
+        return apply(shards, **standing_in({"input_ids": ids})).logits[: len(ids)]
+
     def start() -> State:
         with _startable():
             return init_state(model.load(plan, comm), plan, tx)
 
     return Program(
-        type(model.skeleton).__name__,
-        _size(plan),
-        plan,
-        of_directory(directory),
-        embeddings.weight.shape[0],
-        model.loss(plan, comm, training=False),
-        lambda shards, ids: apply(shards, **standing_in({"input_ids": ids})).logits[: len(ids)],
-        make_train_step(loss, plan, tx, comm, clip=recipe.clip, donate=True),
-        start,
-        lambda state, path: to_huggingface(path, state.params, plan, comm, model),
+        description=type(model.skeleton).__name__,
+        parameters=_size(plan),
+        plan=plan,
+        vocabulary=of_directory(directory),
+        tokens=embeddings.weight.shape[0],
+        loss=model.loss(plan, comm, training=False),
+        logits=logits,
+        step=make_train_step(loss, plan, tx, comm, clip=recipe.clip, donate=True),
+        start=start,
+        save=lambda state, path: to_huggingface(path, state.params, plan, comm, model),
     )
 
 

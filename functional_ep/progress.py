@@ -34,15 +34,15 @@ class Progress(NamedTuple):
 
 
 class Saved:
-    """The states of a run under way; without ``checkpoints`` it leaves none."""
+    """The states of a run under way."""
 
-    def __init__(self, checkpoints: Checkpoints | None, progress: Progress | None) -> None:
+    def __init__(self, checkpoints: Checkpoints, progress: Progress) -> None:
         self.checkpoints, self.progress = checkpoints, progress
 
     def start(self, first: Callable[[], State]) -> State:
         """The state to go on with, or the first."""
         found = None
-        if self.checkpoints and self.progress and self.progress.newest:
+        if self.progress.newest:
             try:
                 found = self.checkpoints.restore()
             except ValueError as error:
@@ -53,12 +53,12 @@ class Saved:
         """Save if it is time to, and the last state in any case."""
         if last:
             self.now(state)
-        elif self.checkpoints and self.progress and self.progress.every:
+        elif self.progress.every:
             self.checkpoints(state)
 
     def now(self, state: State) -> Path | None:
         """Save in any case, unless nothing is to be saved; where."""
-        if not (self.checkpoints and self.progress and self.progress.every):
+        if not self.progress.every:
             return None
         self.checkpoints.save(state)
         self.checkpoints.wait()
@@ -67,12 +67,9 @@ class Saved:
 
 @contextmanager
 def saving(
-    progress: Progress | None, recipe: Recipe, corpus: Corpus, plan: Plan, comm: Comm
+    progress: Progress, recipe: Recipe, corpus: Corpus, plan: Plan, comm: Comm
 ) -> Iterator[Saved]:
     """The states of a run; earlier ones that it does not go on with are removed."""
-    if progress is None:
-        yield Saved(None, None)
-        return
     check_agreement(f"{progress.newest} of step {progress.step}", "state to go on with", comm)
     if progress.newest is None:
         together(lambda: _forget(progress.directory) if comm.rank == 0 else None, comm)

@@ -12,59 +12,48 @@ from .job import JOURNAL, WEIGHTS, Job
 from .metrics import Record
 from .plot import plot
 from .stopping import Wish
-from .train import Log, Report, train
+from .train import Report, train
+
+PICTURE = "training.png"
 
 
 def run(comm: Comm, job: Job, wish: Wish) -> Report:
     """The program of one rank: train, and on rank 0 keep a journal, draw the plot and say it."""
-    recipe, corpus, _, device, out, progress = job
-    weights = out / WEIGHTS if recipe.weights else None
-
-    def go(log: Log) -> Report:
-        return train(
-            comm,
-            recipe,
-            corpus,
-            device=device,
-            log=log,
-            weights=weights,
-            progress=progress,
-            wish=wish,
-        )
-
     if comm.rank > 0:
-        return go(lambda _: None)
+        return train(comm, job, lambda _: None, wish)
+    out, step = job.out, job.progress.step
     out.mkdir(parents=True, exist_ok=True)
-    (out / "recipe.toml").write_text(config.dumps(recipe), encoding="utf-8")
-    print(corpus.origin)
-    if progress.step:
-        print(f"going on after step {progress.step}; --restart begins anew")
-    with metrics.journal(out / JOURNAL, recipe.steps, progress.step) as log:
-        report = go(log)
+    (out / "recipe.toml").write_text(config.dumps(job.recipe), encoding="utf-8")
+    print(job.corpus.origin)
+    if step:
+        print(f"going on after step {step}; --restart begins anew")
+    with metrics.journal(out / JOURNAL, job.recipe.steps, step) as log:
+        report = train(comm, job, log, wish)
     records = metrics.read(out / JOURNAL)
-    plot(records, out / "training.png", title=headline(report, job, records))
+    if records:
+        plot(records, out / PICTURE, title=headline(report, job, records))
     print(summary(report, job, records))
     return report
 
 
 def headline(report: Report, job: Job, records: Sequence[Record]) -> str:
-    """One line on model and mesh."""
+    """One line on model, mesh and, if a step is on record, speed."""
     tokens, seconds = _spent(records)
-    return (
-        f"{report.parameters / 1e6:.1f} M parameters: {report.description}; {job.mesh}, "
-        f"{tokens / seconds:,.0f} tokens/s"
-    )
+    speed = f", {tokens / seconds:,.0f} tokens/s" if records else ""
+    return f"{report.parameters / 1e6:.1f} M parameters: {report.description}; {job.mesh}{speed}"
 
 
 def summary(report: Report, job: Job, records: Sequence[Record]) -> str:
     """The last words of a run."""
     unigram, xz = report.baselines
     predicted = min(job.recipe.eval_bytes, len(job.corpus.valid)) - 1
-    written = f"\n{job.out / WEIGHTS}" if job.recipe.weights else ""
     tokens, seconds = _spent(records)
+    spent = f"{tokens:,} tokens in {seconds / 60:.1f} minutes of training"
+    left = {JOURNAL: True, PICTURE: bool(records), WEIGHTS: bool(job.recipe.weights)}
+    paths = "\n".join(str(job.out / name) for name, there in left.items() if there)
     return f"""
 {headline(report, job, records)}
-{tokens:,} tokens in {seconds / 60:.1f} minutes of training
+{spent if records else "no step of it is on record: its journal was removed"}
 
 validation, {predicted:,} bytes      bits per byte
   this model        {report.valid_bits_per_byte:.3f}
@@ -73,8 +62,7 @@ validation, {predicted:,} bytes      bits per byte
 
 {textwrap.indent(report.sample, "  | ", lambda _: True)}
 
-{job.out / JOURNAL}
-{job.out / "training.png"}{written}"""
+{paths}"""
 
 
 def _spent(records: Sequence[Record]) -> tuple[int, float]:

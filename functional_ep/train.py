@@ -1,10 +1,9 @@
-"""The training program: one function of (comm, recipe, corpus), the same on every mesh."""
+"""The training program: one function of (comm, job), the same on every mesh."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -17,13 +16,12 @@ from sharding.collectives import psum
 from . import data, metrics
 from .agreement import check_agreement
 from .config import Recipe
-from .corpus import Corpus, fingerprint
+from .corpus import fingerprint
 from .data import Baselines, Batch
-from .program import CannotStart, Loss, Program, build
-from .progress import Progress, saving
-from .state import State
+from .job import WEIGHTS, Job
+from .program import CannotStart, Program, build
+from .progress import saving
 from .stopping import Stopped, Wish
-from .vocabulary import Vocabulary
 
 PROMPT = b"def "
 TEMPERATURE = 0.8
@@ -41,23 +39,13 @@ class Report(NamedTuple):
     sample: str
 
 
-def train(
-    comm: Comm,
-    recipe: Recipe,
-    corpus: Corpus,
-    *,
-    device: torch.device,
-    log: Log,
-    weights: Path | None = None,
-    progress: Progress | None = None,
-    wish: Wish | None = None,
-) -> Report:
-    """Train ``recipe`` on ``corpus``; ``log`` is called with one record for each step.
+def train(comm: Comm, job: Job, log: Log, wish: Wish) -> Report:
+    """Train the recipe of ``job`` on its corpus; ``log`` is called with one record for each step.
 
-    The records are the same, up to rounding and speed, on every rank of every mesh. Where weights
-    were loaded they are written to the directory ``weights`` at the end. With ``progress`` states
-    are saved on the way, and the newest is gone on with: the numbers are those of a run that never
-    stopped, to the bit on the same mesh.
+    The records are the same, up to rounding and speed, on every rank of every mesh. States are
+    saved on the way, and the newest is gone on with: the numbers are those of a run that never
+    stopped, to the bit on the same mesh. Where weights were loaded, what they have become is
+    written as soon as the last step is made.
 
     Raises:
         ValueError: on every rank, when they have not read the same corpus, or cannot start with it.
@@ -65,48 +53,48 @@ def train(
         Stopped: on every rank, after the step in which one of them was asked to stop, and its
             evaluation; after the last step the run is brought to its end instead.
     """
+    recipe, corpus = job.recipe, job.corpus
     check_agreement(fingerprint(corpus), "corpus", comm)
-    program, wish = build(comm, recipe, device), Wish() if wish is None else wish
-    text = _encoded(program, corpus.train, recipe)
-    valid = corpus.valid[: recipe.eval_bytes]
-    baselines = data.baselines(valid)
+    program = build(comm, recipe)
+    text, valid = _training(program, corpus.train, recipe), corpus.valid[: recipe.eval_bytes]
+    judge, baselines = evaluation(program, valid, recipe, comm), data.baselines(valid)
     bytes_per_token = len(corpus.train) / len(text)
 
-    def judge(state: State) -> float:
-        place = valid, recipe, comm, device
-        return evaluate(program.loss, program.vocabulary, state.params, *place)
-
-    with saving(progress, recipe, corpus, program.plan, comm) as saved:
+    with saving(job.progress, recipe, corpus, program.plan, comm) as saved:
         state, bits = saved.start(program.start), math.nan
         for number in range(int(state.step) + 1, recipe.steps + 1):
             started = perf_counter()
             _seed(recipe, number - 1, comm)
-            state, measured = program.step(state, _batch(text, recipe, number - 1, comm, device))
+            state, measured = program.step(state, _batch(text, recipe, number - 1, comm))
             entry = metrics.record(number, measured, bytes_per_token)
             entry["tokens_per_s"] = entry["count"] / (perf_counter() - started)
             _refuse_infinite(entry, recipe, log)
             if number % recipe.eval_every == 0 or number == recipe.steps:
-                entry["valid_bits_per_byte"] = bits = judge(state)
+                entry["valid_bits_per_byte"] = bits = judge(state.params)
                 entry |= baselines._asdict()
             log(entry)
             if number < recipe.steps and wish.granted(comm):
                 raise Stopped(wish, number, saved.now(state))
             saved.keep(state, last=number == recipe.steps)
-    sample = generate(program.logits, program.vocabulary, state.params, recipe, comm, device)
-    if weights is not None:
-        program.save(state, weights)
-    bits = judge(state) if math.isnan(bits) else bits
+    program.save(state, job.out / WEIGHTS)  # at once: nothing that comes after can lose them
+    bits = judge(state.params) if math.isnan(bits) else bits
+    sample = generate(program, state.params, recipe, comm)
     return Report(program.description, bits, baselines, program.parameters, sample)
 
 
-def _encoded(program: Program, text: Tensor, recipe: Recipe) -> Tensor:
-    tokens = program.vocabulary.encode(text)
+def _training(program: Program, text: Tensor, recipe: Recipe) -> Tensor:
+    tokens = _encoded(program, text)
     if len(tokens) <= recipe.seq:
         raise CannotStart(
             f"the training text has {len(tokens)} tokens, fewer than one window of seq + 1 = "
             f"{recipe.seq + 1}: give more --data, or a smaller seq"
         )
-    if int(tokens.max()) >= program.tokens:
+    return tokens
+
+
+def _encoded(program: Program, text: Tensor) -> Tensor:
+    tokens = program.vocabulary.encode(text)
+    if len(tokens) and int(tokens.max()) >= program.tokens:
         raise CannotStart(
             f"the tokenizer makes token {int(tokens.max())}, but the model knows {program.tokens}: "
             "the two do not belong together"
@@ -123,42 +111,45 @@ def _refuse_infinite(entry: metrics.Record, recipe: Recipe, log: Log) -> None:
         )
 
 
-@torch.no_grad()
-def evaluate(
-    loss: Loss,
-    vocabulary: Vocabulary,
-    shards: Any,
-    text: Tensor,
-    recipe: Recipe,
-    comm: Comm,
-    device: torch.device,
-) -> float:
-    """Bits per byte of ``text``, each token but the first predicted once, by all ranks together."""
-    tokens = vocabulary.encode(text)
-    nll = torch.zeros((), dtype=torch.float64, device=device)
+def evaluation(
+    program: Program, text: Tensor, recipe: Recipe, comm: Comm
+) -> Callable[[Any], float]:
+    """``bits(shards)`` per byte of ``text``: each token but the first is predicted once.
+
+    All ranks predict together. The text is tokenised here, once for all evaluations.
+
+    Raises:
+        CannotStart: a text of fewer than two tokens, with nothing to predict.
+    """
+    tokens = _encoded(program, text)
+    if len(tokens) < 2:
+        raise CannotStart(
+            f"the validation text has {len(tokens)} tokens, and predicting needs 2: give more "
+            "--data, or a larger eval_bytes"
+        )
+    predicted = len(text) - len(program.vocabulary.decode(tokens[:1].tolist()))
     place = {"rank": comm.rank, "ranks": comm.mesh.size}
-    for batch in data.windows(tokens, sequences=4 * recipe.batch, length=recipe.seq, **place):
-        nll += loss(shards, _to(batch, device))[2]["nll"].double()
-    predicted = len(text) - len(vocabulary.decode(tokens[:1].tolist()))
-    return metrics.bits_per_byte(psum(nll, comm.mesh.axes, comm), predicted)
+
+    @torch.no_grad()
+    def bits(shards: Any) -> float:
+        nll = torch.zeros((), dtype=torch.float64, device=comm.device)
+        for batch in data.windows(tokens, sequences=4 * recipe.batch, length=recipe.seq, **place):
+            nll += program.loss(shards, _to(batch, comm.device))[2]["nll"].double()
+        return metrics.bits_per_byte(psum(nll, comm.mesh.axes, comm), predicted)
+
+    return bits
 
 
 @torch.no_grad()
-def generate(
-    logits: Callable[[Any, Tensor], Tensor],
-    vocabulary: Vocabulary,
-    shards: Any,
-    recipe: Recipe,
-    comm: Comm,
-    device: torch.device,
-) -> str:
+def generate(program: Program, shards: Any, recipe: Recipe, comm: Comm) -> str:
     """What rank 0 writes after ``def ``; the other ranks, without a token, lend their experts."""
-    speaks = comm.rank == 0
+    speaks, vocabulary = comm.rank == 0, program.vocabulary
     generator = torch.Generator().manual_seed(recipe.seed)
     text: list[int] = vocabulary.encode(torch.tensor(list(PROMPT), dtype=torch.uint8)).tolist()
     for _ in range(recipe.sample):
-        context = torch.tensor([text[-recipe.seq :]], device=device)
-        scores = logits(shards, context if speaks else context[:0])[:, -1].float().cpu()
+        context = torch.tensor([text[-recipe.seq :]], device=comm.device)
+        seen = context if speaks else context[:0]
+        scores = program.logits(shards, seen)[:, -1].float().cpu()
         chances = torch.softmax(scores / TEMPERATURE, dim=-1)
         text.append(int(torch.multinomial(chances, 1, generator=generator)) if speaks else 0)
     return _readable(vocabulary.decode(text)) if speaks else ""
@@ -170,7 +161,7 @@ def _readable(text: bytes) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in decoded)
 
 
-def _batch(text: Tensor, recipe: Recipe, step: int, comm: Comm, device: torch.device) -> Batch:
+def _batch(text: Tensor, recipe: Recipe, step: int, comm: Comm) -> Batch:
     return _to(
         data.batch(
             text,
@@ -181,7 +172,7 @@ def _batch(text: Tensor, recipe: Recipe, step: int, comm: Comm, device: torch.de
             rank=comm.rank,
             ranks=comm.mesh.size,
         ),
-        device,
+        comm.device,
     )
 
 

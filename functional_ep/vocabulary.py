@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .corpus import bytes_of
+
 
 class Vocabulary(NamedTuple):
     """``decode(encode(text)) = text``, up to what a tokenizer cannot tell apart."""
@@ -42,7 +44,7 @@ def of_directory(directory: Path) -> Vocabulary:
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
 
     def encode(text: Tensor) -> Tensor:
-        decoded = bytes(text.tolist()).decode("utf-8", errors="replace")
+        decoded = str(bytes_of(text), "utf-8", errors="replace")
         return torch.tensor(tokenizer(decoded, add_special_tokens=False)["input_ids"])
 
     return Vocabulary(encode, lambda tokens: tokenizer.decode(tokens).encode())

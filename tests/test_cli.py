@@ -1,5 +1,6 @@
 """The command: one program on every mesh, and arguments that are answered when they are wrong."""
 
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from functional_ep import cli, config, data, job, metrics
+from functional_ep import cli, config, data, job, lm, metrics
 from functional_ep.config import Recipe
 from functional_ep.corpus import Corpus
+from functional_ep.job import Job
+from functional_ep.program import build
+from functional_ep.progress import Progress
+from functional_ep.stopping import Wish
 from functional_ep.train import Report, generate, train
-from functional_ep.vocabulary import bytewise
+from functional_ep.vocabulary import Vocabulary, bytewise
 from sharding import Comm, Mesh, simulate
 
 TINY = config.merge(
@@ -40,11 +45,17 @@ def corpus() -> Corpus:
     return Corpus(train_side, valid_side, "this file")
 
 
+def job_of(mesh: Mesh, corpus: Corpus) -> Job:
+    """A job that leaves nothing behind."""
+    nowhere = Path("nowhere")
+    progress = Progress(nowhere, every=0, keep=1, newest=None, step=0)
+    return Job(TINY, corpus, mesh, torch.device("cpu"), nowhere, progress)
+
+
 def run(mesh: Mesh, corpus: Corpus) -> list[tuple[Report, list[metrics.Record]]]:
     def program(comm: Comm) -> tuple[Report, list[metrics.Record]]:
         records: list[metrics.Record] = []
-        report = train(comm, TINY, corpus, device=torch.device("cpu"), log=records.append)
-        return report, records
+        return train(comm, job_of(mesh, corpus), records.append, Wish()), records
 
     return simulate(program, mesh)
 
@@ -73,7 +84,7 @@ def test_ranks_that_have_read_different_texts_are_refused(corpus: Corpus) -> Non
     other = corpus._replace(train=corpus.train.flip(0))
 
     def program(comm: Comm, corpus: Corpus) -> Report:
-        return train(comm, TINY, corpus, device=torch.device("cpu"), log=lambda record: None)
+        return train(comm, job_of(comm.mesh, corpus), lambda record: None, Wish())
 
     message = r"the corpus differs between ranks.*\['train: 3000 bytes, \w+'\].*\['train: 3000"
     with pytest.raises(ValueError, match=message):
@@ -87,6 +98,43 @@ def test_evaluations_come_when_asked_and_at_the_end_beside_their_baselines(corpu
     assert evaluated[-1]["valid_bits_per_byte"] == report.valid_bits_per_byte < 8.5
     expected = data.baselines(corpus.valid[: TINY.eval_bytes])
     assert (evaluated[0]["unigram"], evaluated[0]["xz"]) == expected == report.baselines
+
+
+def test_the_validation_text_is_tokenised_once(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bytes] = []
+
+    def encode(text: Tensor) -> Tensor:
+        asked.append(bytes(text.tolist()))
+        return text
+
+    counting = Vocabulary(encode, bytewise().decode)
+    monkeypatch.setattr("functional_ep.program.bytewise", lambda: counting)
+    run(Mesh(edp=1, ep=1), corpus)
+    texts = [corpus.train, corpus.valid[: TINY.eval_bytes]]
+    assert asked == [*(bytes(text.tolist()) for text in texts), b"def "]
+
+
+def test_a_program_is_built_from_shapes_and_makes_its_params_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[int] = []
+
+    def init(cfg: lm.Config, seed: int) -> lm.Params:
+        made.append(seed)
+        return real(cfg, seed)
+
+    real = lm.init
+    monkeypatch.setattr(lm, "init", init)
+
+    def program(comm: Comm) -> None:
+        built = build(comm, replace(TINY, seed=3))
+        assert made == [] and built.parameters > 0
+        built.start()
+
+    simulate(program, Mesh(edp=1, ep=1))
+    assert made == [3]
 
 
 def test_only_rank_0_speaks_and_it_says_as_much_as_asked(corpus: Corpus) -> None:
@@ -110,7 +158,7 @@ def test_what_would_steer_a_terminal_is_shown_as_a_mark() -> None:
             return scores
 
         recipe = replace(TINY, sample=len(written), seq=7)
-        return generate(logits, bytewise(), None, recipe, comm, torch.device("cpu"))
+        return generate(build(comm, recipe)._replace(logits=logits), None, recipe, comm)
 
     assert simulate(program, Mesh(edp=1, ep=2)) == ["def \ufffd[2J\ufffd\n", ""]
     assert asked[0] == [(1, length) for length in (4, 5, 6, 7, 7, 7)]
@@ -167,6 +215,17 @@ def test_runs_that_differ_go_to_different_places_and_the_same_run_to_the_same() 
     assert out("--out", "here") == Path("here")
 
 
+def test_a_directory_whose_name_is_no_text_has_a_place_of_its_own(tmp_path: Path) -> None:
+    def out(name: bytes) -> Path:
+        directory = tmp_path / os.fsdecode(name)
+        directory.mkdir()
+        (directory / "text").write_bytes(b"0123456789" * 100)
+        parsed = cli.parser().parse_args(["train", "--data", str(directory)])
+        return job.prepare(parsed, None).out
+
+    assert out(b"d\xff") != out(b"d\xfe")
+
+
 # -- meshes --------------------------------------------------------------------------------------
 
 
@@ -210,6 +269,11 @@ REFUSED = [
         4,
         "--mesh ep=2 has 2 ranks, and there are 4; start 2 (torchrun --nproc-per-node 2 ..., "
         "or --simulate 2), or choose sizes whose product is 4",
+    ),
+    (
+        ["--mesh", "ep=3", "--simulate", "3", "--set", "model.experts=4"],
+        None,
+        "--mesh ep=3: 4 experts do not divide by the 3 ranks along ep; choose an ep that divides 4",
     ),
     (
         ["--simulate", "4"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -23,6 +24,10 @@ COMMAND = [*TINY_ARGUMENTS, "--set", f"steps={STEPS}", "--data", __file__, "--sa
 
 def train(out: Path, *more: str) -> None:
     cli.main(["train", *COMMAND, "--out", str(out), *more])
+
+
+def steps(out: Path) -> list[int]:
+    return [record["step"] for record in metrics.read(out / JOURNAL)]
 
 
 def losses(out: Path) -> list[float]:
@@ -90,8 +95,7 @@ def test_a_run_goes_on_with_another_mesh(
 
 def test_the_last_state_and_the_newest_few_stay(tmp_path: Path) -> None:
     train(tmp_path, "--set", "steps=5", "--keep", "2")
-    steps = [describe(path).step for path in committed(tmp_path / CHECKPOINTS)]
-    assert steps == [4, 5]
+    assert [describe(path).step for path in committed(tmp_path / CHECKPOINTS)] == [4, 5]
 
 
 def test_a_run_that_is_done_says_so_again_and_makes_no_step(
@@ -106,11 +110,31 @@ def test_a_run_that_is_done_says_so_again_and_makes_no_step(
 
 
 def test_a_run_goes_on_without_its_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stop_after(3, monkeypatch)
-    stopped(tmp_path)
+    with monkeypatch.context() as patched:
+        stop_after(3, patched)
+        stopped(tmp_path)
     (tmp_path / JOURNAL).unlink()
+    with monkeypatch.context() as patched:
+        stop_after(2, patched)
+        stopped(tmp_path)
+    assert steps(tmp_path) == [4, 5]
+    shutil.rmtree(committed(tmp_path / CHECKPOINTS)[-1])  # killed before it was saved: 5 is lost
     train(tmp_path)
-    assert [record["step"] for record in metrics.read(tmp_path / JOURNAL)] == [4, 5, 6]
+    assert steps(tmp_path) == [4, 5, 6]
+
+
+def test_a_run_that_is_done_says_so_without_its_journal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tmp_path)
+    first = capsys.readouterr().out.split("validation, ")[1]
+    (tmp_path / JOURNAL).unlink()
+    (tmp_path / "training.png").unlink()
+    train(tmp_path)
+    said = capsys.readouterr().out
+    assert "no step of it is on record: its journal was removed" in said
+    assert said.split("validation, ")[1] == first.replace(f"{tmp_path}/training.png\n", "")
+    assert steps(tmp_path) == [] and not (tmp_path / "training.png").exists()
 
 
 def test_what_changes_no_number_of_a_step_may_change(tmp_path: Path) -> None:

@@ -203,7 +203,7 @@ def test_the_training_program_compiles_if_its_recipe_says_so() -> None:
 
     def losses(comm: Comm, compile: bool) -> list[float]:
         recipe = Recipe(model=cfg, steps=3, batch=4, seq=8, compile=compile)
-        program = build(comm, recipe, torch.device("cpu"))
+        program = build(comm, recipe)
         state, found = program.start(), list[float]()
         for _ in range(3):
             state, metrics = program.step(state, batch)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -130,7 +131,10 @@ def test_what_is_wrong_is_said(assignment: str, kind: type[Exception], message: 
     [
         ({"steps": 0}, "steps = 0: must be at least 1"),
         ({"eval_bytes": 1}, "eval_bytes = 1: must be at least 2"),
+        ({"seed": -1}, "seed = -1: must be at least 0"),
+        ({"seed": 2**63}, "seed = 9223372036854775808: must be less than 2**63"),
         ({"lr": -1.0}, "lr = -1.0: must be at least 0, and finite"),
+        ({"lr": nan}, "lr = nan: must be at least 0, and finite"),
         ({"weight_decay": inf}, "weight_decay = inf: must be at least 0, and finite"),
         ({"clip": 0.0}, "clip = 0.0: must be positive; inf does not clip"),
         ({"clip": nan}, "clip = nan: must be positive; inf does not clip"),
@@ -144,10 +148,19 @@ def test_values_out_of_range_are_refused(changes: dict[str, Any], message: str) 
     assert str(error.value) == message
 
 
+def test_the_largest_seed_is_one_of_torch() -> None:
+    assert torch.Generator().manual_seed(Recipe(seed=2**63 - 1).seed).initial_seed() == 2**63 - 1
+
+
 def test_a_value_out_of_range_is_said_to_come_from_its_place() -> None:
     with pytest.raises(ValueError) as error:
         config.assign(Recipe(), "steps=0")
     assert str(error.value) == "--set steps=0: steps = 0: must be at least 1"
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "car.toml").write_text("weight = 3", encoding="utf-8-sig")
+    assert config.load(Car(), tmp_path / "car.toml").weight == 3.0
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:

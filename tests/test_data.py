@@ -1,7 +1,9 @@
 """Corpora: who sees which byte is a pure function of (text, seed, step), never of the mesh."""
 
 import lzma
+import os
 import re
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from functional_ep import data
-from functional_ep.corpus import Corpus, read, standard_library
+from functional_ep.corpus import Corpus, bytes_of, fingerprint, read, standard_library
 
 RANKS = st.integers(1, 9)
 TEXTS = st.binary(min_size=2, max_size=80)
@@ -168,6 +170,55 @@ def test_a_file_reached_twice_counts_once(tmp_path: Path) -> None:
     assert torch.equal(once.train, twice.train) and torch.equal(once.valid, twice.valid)
 
 
+def test_links_to_directories_are_followed_and_none_is_read_twice(tmp_path: Path) -> None:
+    """What a link leads to has the name that it has without one, if it has one below --data."""
+    write(tmp_path / "root", {f"z/{n}.txt": bytes([n]) for n in range(100)})
+    before = read([tmp_path / "root"])
+    links = {"a": tmp_path / "root" / "z", "z/back": tmp_path / "root", "z/self": Path("self")}
+    for name, target in links.items():
+        (tmp_path / "root" / name).symlink_to(target)
+    after = read([tmp_path / "root"])
+    assert torch.equal(before.train, after.train) and torch.equal(before.valid, after.valid)
+    write(tmp_path / "elsewhere", {"deep/b": b"\xfe", ".hidden/c": b"\xff"})
+    (tmp_path / "root" / "more").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (tmp_path / "elsewhere" / "deep" / "up").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "link").symlink_to(tmp_path / "root")
+    for place in ("root", "only"):
+        corpus = read([tmp_path / place])
+        assert sorted([*corpus.train.tolist(), *corpus.valid.tolist()]) == [*range(100), 0xFE]
+
+
+def test_a_path_that_is_no_text_is_read_and_shown_by_its_bytes(tmp_path: Path) -> None:
+    root = write(tmp_path / os.fsdecode(b"d\xff"), {os.fsdecode(b"\xe9"): b"1234", "b": b"5678"})
+    corpus = read([root])
+    assert len(corpus.train) == len(corpus.valid) == 4
+    assert corpus.origin.startswith(f"{tmp_path}/d\\xff: 2 files")
+
+
+def test_bytes_are_taken_as_they_lie_in_memory() -> None:
+    text = tensor(b"hello")
+    view = bytes_of(text[1:])
+    text[1] = ord("E")
+    assert bytes(view) == b"Ello"
+    assert bytes(bytes_of(torch.tensor([104, 105]))) == b"hi"
+    assert bytes(bytes_of(tensor(b"a-b-c")[::2])) == b"abc"
+    assert bytes(bytes_of(tensor(b""))) == b""
+
+
+def test_a_text_is_not_taken_to_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list of its bytes takes eight for each of them, and ten times as long."""
+    monkeypatch.setattr(Tensor, "tolist", None, raising=False)
+    text = torch.zeros(2**20, dtype=torch.uint8)
+    assert data.baselines(text).xz < 0.01
+    tracemalloc.start()
+    try:
+        fingerprint(Corpus(text, text, ""))
+        assert tracemalloc.get_traced_memory()[1] < len(text) / 10
+    finally:
+        tracemalloc.stop()
+
+
 def test_the_standard_library_is_text_enough_and_has_no_tests() -> None:
     corpus, again = standard_library(), standard_library()
     assert torch.equal(corpus.train, again.train) and torch.equal(corpus.valid, again.valid)
@@ -187,6 +238,27 @@ def test_a_missing_path_is_named(tmp_path: Path) -> None:
         f"--data {tmp_path}/nowhere: no such file or directory (looked from {Path.cwd()}); "
         "give an existing path"
     )
+
+
+@pytest.mark.parametrize("kind", ["device", "pipe"])
+def test_what_is_neither_a_file_nor_a_directory_is_named(kind: str, tmp_path: Path) -> None:
+    path = Path("/dev/null") if kind == "device" else tmp_path / "pipe"
+    if kind == "pipe":
+        os.mkfifo(path)
+    with pytest.raises(ValueError) as error:
+        read([path])
+    assert str(error.value) == (
+        f"--data {path} is a {kind}, neither a file nor a directory; write what it gives to a file"
+    )
+
+
+def test_an_unreadable_directory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> list[Path]:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(OSError, match=rf"cannot read {tmp_path}: Permission denied; make it"):
+        read([tmp_path])
 
 
 def test_an_unreadable_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

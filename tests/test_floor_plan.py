@@ -190,21 +190,21 @@ functional_ep.__init__      <- checkpoint compile huggingface labels lm optim re
                                sharding
 functional_ep.testing       <- lm optim schedules state train_step vote
                                sharding sharding.testing
-functional_ep.corpus        <-
+functional_ep.corpus        <- safetensors_file
 functional_ep.data          <- corpus
 functional_ep.metrics       <-
 functional_ep.plot          <- metrics
 functional_ep.malloc        <-
 functional_ep.config        <- lm
-functional_ep.vocabulary    <-
+functional_ep.vocabulary    <- corpus
 functional_ep.program       <- config data huggingface huggingface.idle lm optim schedules state
                                train_step vocabulary sharding
 functional_ep.stopping      <- sharding sharding.collectives
 functional_ep.progress      <- agreement checkpoint checkpoint.disk checkpoint.folder config corpus
                                program state sharding
-functional_ep.train         <- agreement config corpus data metrics program progress state stopping
-                               vocabulary sharding sharding.collectives
 functional_ep.job           <- config corpus data huggingface progress vocabulary sharding
+functional_ep.train         <- agreement config corpus data job metrics program progress stopping
+                               sharding sharding.collectives
 functional_ep.report        <- config job metrics plot stopping train sharding
 functional_ep.commands      <- checkpoint job malloc metrics program report stopping
                                sharding sharding.distributed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import inf, nan
 from typing import Any
 
 import pytest
@@ -37,6 +38,13 @@ def plan_on(mesh: Mesh, params: Any) -> Plan:
         (dict(top_k=5), "top_k=5: choose from 1 to experts=4"),
         (dict(top_k=0), "top_k=0"),
         (dict(layers=0), "layers=0: at least 1"),
+        (dict(dim=0), "dim=0: at least 1"),
+        (dict(z=nan), "z=nan: at least 0, and finite"),
+        (dict(balance=-0.1), "balance=-0.1: at least 0, and finite"),
+        (dict(eps=inf), "eps=inf: at least 0, and finite"),
+        (dict(theta=0.0), "theta=0.0: positive, and finite"),
+        (dict(theta=-1.0), "theta=-1.0: positive, and finite"),
+        (dict(theta=nan), "theta=nan: positive, and finite"),
     ],
 )
 def test_impossible_models_are_refused(change: dict[str, Any], message: str) -> None:
@@ -90,6 +98,16 @@ def test_experts_of_one_layer_that_are_split_differently_are_refused() -> None:
 
     with pytest.raises(ValueError, match="experts of one layer are split over"):
         simulate(program, Mesh(edp=1, ep=2))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_shapes_are_those_of_the_params_and_take_no_memory(tied: bool) -> None:
+    cfg = replace(CFG, tied=tied)
+    found, params = (reference.named(x) for x in (lm.shapes(cfg, torch.float64), lm.init(cfg)))
+    assert {path: x.shape for path, x in found.items()} == {p: x.shape for p, x in params.items()}
+    assert {(x.device.type, x.dtype) for x in found.values()} == {("meta", torch.float64)}
+    mesh = Mesh(edp=2, ep=2)
+    assert plan_on(mesh, lm.shapes(cfg)) == plan_on(mesh, lm.init(cfg))
 
 
 def test_initial_params_are_a_function_of_the_seed() -> None:

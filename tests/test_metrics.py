@@ -83,6 +83,32 @@ def test_a_journal_holds_each_record_at_once_and_reads_back(
     )
 
 
+def test_a_journal_keeps_the_records_of_steps_that_are_not_made_again(tmp_path: Path) -> None:
+    """By their steps: a journal that was removed begins with a later one, and a line may be cut."""
+    path, torn = tmp_path / "metrics.jsonl", metrics.line(entry(5))[:30] + "\0\n"
+    path.write_text("".join(map(metrics.line, map(entry, (4, 5, 6, 7)))) + torn)
+    with metrics.journal(path, steps=9, done=5) as log:
+        log(entry(6))
+    assert metrics.read(path) == [entry(4), entry(5), entry(6)]
+
+
+def test_a_last_record_without_its_end_of_line_gets_one(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(metrics.line(entry(1)).rstrip())
+    with metrics.journal(path, steps=2, done=1) as log:
+        log(entry(2))
+    assert metrics.read(path) == [entry(1), entry(2)]
+
+
+@pytest.mark.parametrize("done", [0, 1])
+def test_what_is_no_record_does_not_keep_a_run_from_starting(done: int, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"mine \xff\n")
+    with metrics.journal(path, steps=2, done=done) as log:
+        log(entry(2))
+    assert metrics.read(path) == [entry(2)]
+
+
 def test_a_number_that_json_lacks_becomes_null() -> None:
     text = metrics.line({"step": 1, "loss": math.nan, "deep": [[1.0, math.inf]]})
     assert json.loads(text) == {"step": 1, "loss": None, "deep": [[1.0, None]]}
@@ -98,6 +124,12 @@ RUNS = {
     "many experts": [entry(step, layers=12, experts=64) for step in range(1, 4)],
     "a loss that blew up": [entry(1), entry(2, bits_per_byte=math.nan, grad_norm=math.inf)],
     "idle": [entry(1) | {"tokens_per_expert": [[0, 0], [0, 0]]}],
+    "a text without entropy": [entry(1, valid_bits_per_byte=0.4, unigram=0.0, xz=480.0)],
+    "all is learnt": [
+        entry(1),
+        entry(2, bits_per_byte=0.0, grad_norm=0.0, valid_bits_per_byte=0.0, unigram=0.0, xz=0.0),
+    ],
+    "nothing moves": [entry(step, grad_norm=0.0, lr=0.0) for step in (1, 2)],
 }
 
 

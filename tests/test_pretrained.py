@@ -42,6 +42,15 @@ def test_a_text_goes_through_its_tokenizer_and_back(weights: Path) -> None:
     assert vocabulary.decode(tokens.tolist()) == text
 
 
+def test_a_text_is_tokenised_without_a_list_of_its_bytes(
+    weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vocabulary, text = of_directory(weights), torch.tensor(list(b"the \xff"), dtype=torch.uint8)
+    monkeypatch.setattr(torch.Tensor, "tolist", None, raising=False)
+    tokens = vocabulary.encode(text)
+    assert vocabulary.decode(list(map(int, tokens))) == "the \ufffd".encode()
+
+
 def arguments(weights: Path, out: Path, ranks: int) -> list[str]:
     changes = ("steps=3", "batch=3", "seq=12", "eval_every=2", "eval_bytes=150", "sample=4")
     return [
@@ -75,6 +84,29 @@ def test_the_command_trains_weights_alike_on_every_mesh_and_writes_them(
         assert not torch.equal(x, before[name]), f"{name} has not moved"
         for other in after[1:]:
             torch.testing.assert_close(other[name], x, rtol=0, atol=1e-3)
+
+
+def test_a_validation_text_of_one_token_is_refused_before_any_step(
+    weights: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "text").write_text("th" * 500)
+    more = ["--data", str(tmp_path / "text"), "--set", "eval_bytes=2"]
+    message = "validation text has 1 tokens, and predicting needs 2: give more --data, or a larger"
+    with pytest.raises(SystemExit, match=message):
+        cli.main([*arguments(weights, tmp_path / "out", 1), *more])
+    assert metrics.read(tmp_path / "out" / "metrics.jsonl") == []
+
+
+def test_weights_are_written_before_anything_else_can_go_wrong(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> Any:
+        raise OSError("no sample today")
+
+    monkeypatch.setattr("functional_ep.train.generate", fail)
+    with pytest.raises(SystemExit, match="no sample today"):
+        cli.main(arguments(weights, tmp_path / "out", 2))
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "weights")
 
 
 @pytest.mark.parametrize("missing", ["tokenizer", "out"])
