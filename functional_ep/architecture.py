@@ -19,7 +19,7 @@ from torch import Tensor
 from sharding import Comm, Plan
 from sharding.mesh import Axes
 
-from .attention import attention, rotary_table
+from .attention import attention, mask_bias, rotary_table
 from .compile import compiled
 from .labels import label_by_path
 from .moe import moe
@@ -152,6 +152,7 @@ class Constants(NamedTuple):
 
     rotary: tuple[Tensor, Tensor]
     mask_BS: Tensor | None  # False where a token is padding
+    bias_B1SS: Tensor | None
 
 
 def functions(cfg: Config, plan: Plan, comm: Comm, compile: bool) -> list[Callable[..., Any]]:
@@ -201,11 +202,19 @@ def _block(
 def _to_experts(cfg: Config, view: Params, x_BSD: Tensor, constants: Constants) -> Chosen:
     h_BSD = F.rms_norm(x_BSD, (cfg.dim,), view["norm1"], cfg.eps)
     weights = view["attention"]["qkv"], view["attention"]["out"]
-    x_BSD = x_BSD + attention(h_BSD, *weights, cfg.heads, constants.rotary, constants.mask_BS)
+    x_BSD = x_BSD + attention(h_BSD, *weights, cfg.heads, constants.rotary, constants.bias_B1SS)
     h_TD = F.rms_norm(x_BSD, (cfg.dim,), view["norm2"], cfg.eps).flatten(0, 1)
     return Chosen(x_BSD, h_TD, route(F.linear(h_TD, view["router"]), cfg.top_k, cfg.normalise))
 
 
-def constants_of(cfg: Config, input_ids: Tensor, attention_mask: Tensor | None) -> Constants:
-    rotary = rotary_table(input_ids.shape[1], cfg.dim // cfg.heads, cfg.theta, input_ids.device)
-    return Constants(rotary, None if attention_mask is None else attention_mask.bool())
+def constants_of(
+    cfg: Config, plan: Plan, input_ids: Tensor, attention_mask: Tensor | None
+) -> Constants:
+    """Made once, in the dtype in which the embedding is computed."""
+    (embed,) = plan["embed"].layouts
+    table = rotary_table(input_ids.shape[1], cfg.dim // cfg.heads, cfg.theta, input_ids.device)
+    cos, sin = (x.to(embed.compute_dtype) for x in table)
+    if attention_mask is None:
+        return Constants((cos, sin), None, None)
+    mask_BS = attention_mask.bool()
+    return Constants((cos, sin), mask_BS, mask_bias(mask_BS, embed.compute_dtype))

@@ -49,13 +49,32 @@ def rotate(x_BHSC: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
+def mask_bias(mask_BS: Tensor, dtype: torch.dtype) -> Tensor:
+    """What attention adds to ``q k^T``: 0 where a position may look, -inf elsewhere, (B, 1, S, S).
+
+    No position looks ahead, and none at what the mask says is not there, but at itself: attention
+    to nothing is not a number. Made once, one tensor is kept for all layers.
+
+    >>> mask_bias(torch.tensor([[False, True]]), torch.float32)[0, 0]
+    tensor([[0., -inf],
+            [-inf, 0.]])
+    """
+    s = mask_BS.shape[1]
+    causal = torch.ones(s, s, dtype=torch.bool, device=mask_BS.device).tril()
+    itself = torch.eye(s, dtype=torch.bool, device=mask_BS.device)
+    allowed = (causal & mask_BS[:, None, None, :]) | itself
+    return torch.zeros(allowed.shape, dtype=dtype, device=mask_BS.device).masked_fill(
+        ~allowed, -torch.inf
+    )
+
+
 def attention(
     x_BSD: Tensor,
     qkv: Tensor,
     out: Tensor,
     heads: int,
     rotary: tuple[Tensor, Tensor],
-    mask_BS: Tensor | None = None,
+    bias_B1SS: Tensor | None = None,
 ) -> Tensor:
     """``softmax(q k^T / sqrt(C), causal) v``, projected back to D.
 
@@ -65,18 +84,15 @@ def attention(
         out: ``(D, D)``.
         heads: H.
         rotary: from :func:`rotary_table`.
-        mask_BS: False at positions that none may attend to (but themselves).
+        bias_B1SS: from :func:`mask_bias`; without one every position is there.
     """
     b, s, d = x_BSD.shape
     q, k, v = F.linear(x_BSD, qkv).view(b, s, 3, heads, d // heads).permute(2, 0, 3, 1, 4).unbind()
     q, k = rotate(q, rotary), rotate(k, rotary)
-    allowed: Tensor | None = None
-    if mask_BS is not None:
-        causal = torch.ones(s, s, dtype=torch.bool, device=x_BSD.device).tril()
-        itself = torch.eye(s, dtype=torch.bool, device=x_BSD.device)
-        allowed = (causal & mask_BS[:, None, None, :]) | itself
     with _kernel(q):
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=allowed is None)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=bias_B1SS, is_causal=bias_B1SS is None
+        )
     return F.linear(y.transpose(1, 2).reshape(b, s, d), out)
 
 

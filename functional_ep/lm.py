@@ -6,6 +6,7 @@ Shape suffixes: B sequences, S positions, T = B S tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -37,9 +38,10 @@ def apply(
         compile: see :func:`loss`.
     """
     run = sharded(functions(cfg, plan, comm, compile), plan.at(units(plan.tree)), comm, backward)
+    constants = partial(constants_of, cfg, plan)
 
     def logits(shards: Params, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        return run(units(shards), input_ids, constants_of(cfg, input_ids, attention_mask))[0]
+        return run(units(shards), input_ids, constants(input_ids, attention_mask))[0]
 
     return logits
 
@@ -67,11 +69,12 @@ def loss(
         ValueError: from the loss, for a batch without ids and labels of one shape.
     """
     run = sharded(functions(cfg, plan, comm, compile), plan.at(units(plan.tree)), comm, backward)
+    constants = partial(constants_of, cfg, plan)
 
     def total(shards: Params, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         input_ids, targets = _checked(batch, cfg.vocab)
-        constants = constants_of(cfg, input_ids, batch.get("attention_mask"))
-        logits, layers = run(units(shards), input_ids, constants)
+        beside = constants(input_ids, batch.get("attention_mask"))
+        logits, layers = run(units(shards), input_ids, beside)
         nll = cross_entropy(logits.flatten(0, 1), targets.flatten())
         count = (targets != IGNORE).sum()
         balance, z, tokens, per_label = _auxiliary(cfg, layers, count, comm)

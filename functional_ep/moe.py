@@ -155,8 +155,9 @@ def moe(
     """``y_t = sum_k score_tk FFN_{id_tk}(x_t)``, for experts that other ranks may hold.
 
     Differentiable to any order in the experts, the tokens and the scores, and closed under ``vmap``
-    (lanes that route differently run one after another). Experts compute in the dtype of their
-    weights and tokens, which ``torch.autocast`` does not change: ``Precision`` of a plan does.
+    (lanes that route differently run one after another). Rows travel and experts compute in the
+    dtype of their weights, which ``torch.autocast`` does not change: ``Precision`` of a plan does.
+    They are summed in the dtype of the tokens.
 
     Args:
         experts: this rank's view, ``gate_up (e, 2F, D)`` and ``down (e, D, F)``.
@@ -180,9 +181,9 @@ def moe(
     def run(
         x_TD: Tensor, ids_TK: Tensor, scores_TK: Tensor, gate_up: Tensor, down: Tensor
     ) -> tuple[Tensor]:
-        way = dispatch(x_TD, ids_TK, total, axes, comm)
+        way = dispatch(x_TD.to(gate_up.dtype), ids_TK, total, axes, comm)
         rows_RD = expert_ffn(gate_up, down, way.rows_RD, way.counts_e)
-        return (combine(rows_RD, scores_TK, way, axes, comm),)
+        return (combine(rows_RD, scores_TK, way, axes, comm, x_TD.dtype),)
 
     # Where the rows go decides shapes, which lanes of a vmap cannot differ in.
     call = closed(run, lanes="loop") if is_mapped(routing.ids_TK) else run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from closeness import assert_close, assert_rejects
 from hypothesis import given
@@ -19,7 +20,7 @@ CFG = lm.Config(vocab=16, dim=16, layers=2, heads=2, experts=4, top_k=2, ffn=8)
 
 
 def one_step(
-    comm: Comm, precision: Precision
+    comm: Comm, precision: Precision | dict[str, Precision]
 ) -> tuple[list[Tensor], set[torch.dtype], dict[str, Tensor]]:
     params = lm.init(CFG, seed=0)
     plan = make_plan(params, lm.labels, RULES, comm.mesh, precision=precision)
@@ -48,6 +49,31 @@ def test_bfloat16_compute_is_close_to_float32() -> None:
     plain = simulate(one_step, Mesh(edp=2, ep=2), [Precision()] * 4)[0][2]["loss"]
     assert_close(mixed, plain, "loss", rtol=1e-2)
     assert not torch.equal(mixed, plain)
+
+
+@pytest.mark.parametrize("half", ["dense", "expert"])
+def test_labels_may_compute_in_different_dtypes(half: str) -> None:
+    """Experts in bfloat16 among others in float32, or the reverse; rows travel as experts do."""
+
+    def program(comm: Comm) -> tuple[Tensor, list[Tensor]]:
+        params = lm.init(CFG, seed=0)
+        precision = {half: MIXED}
+        plan = make_plan(params, lm.labels, RULES, comm.mesh, precision=precision)
+        loss = lm.loss(CFG, plan, comm)
+        shards = plan.shard(params, comm)
+        ids = torch.arange(24).view(2, 12) % 16
+        mine = ids.tensor_split(comm.mesh.size)[comm.rank]
+        grads = torch.func.grad(lambda p: loss(p, {"input_ids": mine, "labels": mine})[0])(shards)
+        return one_step(comm, precision)[2]["loss"], flatten(plan.full(grads, comm))[0]
+
+    (loss, grads), *_ = simulate(program, Mesh(edp=1, ep=1))
+    plain = simulate(one_step, Mesh(edp=1, ep=1), [Precision()])[0][2]["loss"]
+    assert_close(loss, plain, "loss", rtol=1e-2)
+    assert not torch.equal(loss, plain)
+    for found in simulate(program, Mesh(edp=1, ep=2)):
+        for g, expected in zip(found[1], grads, strict=True):
+            assert g.dtype == torch.float32
+            assert_close(g, expected, "gradient on another mesh", rtol=2e-2)
 
 
 @given(cases())

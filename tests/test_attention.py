@@ -17,7 +17,7 @@ from moe_cases import assert_each_close, normal
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from functional_ep.attention import attention, rotary_table, rotate
+from functional_ep.attention import attention, mask_bias, rotary_table, rotate
 from sharding.testing import seeds
 
 THETA = 100.0
@@ -44,6 +44,10 @@ class Sizes(NamedTuple):
         return [normal(shape, self.seed + i) for i, shape in enumerate(shapes)]
 
     @property
+    def bias_B1SS(self) -> Tensor | None:
+        return None if self.mask_BS is None else mask_bias(self.mask_BS, torch.float64)
+
+    @property
     def mask_BS(self) -> Tensor | None:
         if self.mask is None:
             return None
@@ -67,7 +71,7 @@ HARD = Sizes(2, 3, 2, 2, (True, False, True, False, True, True), 0)
 def library(case: Sizes, leaves: list[Tensor]) -> Tensor:
     table = rotary_table(case.positions, 2 * case.pairs, THETA)
     x, qkv, out = leaves
-    return attention(x, qkv, out, case.heads, table, case.mask_BS)
+    return attention(x, qkv, out, case.heads, table, case.bias_B1SS)
 
 
 def naive(case: Sizes, leaves: list[Tensor]) -> Tensor:
@@ -127,7 +131,7 @@ def without_rotation(case: Sizes) -> Tensor:
     cos, sin = rotary_table(case.positions, 2 * case.pairs, THETA)
     x, qkv, out = case.leaves
     table = torch.ones_like(cos), torch.zeros_like(sin)
-    return attention(x, qkv, out, case.heads, table, case.mask_BS)
+    return attention(x, qkv, out, case.heads, table, case.bias_B1SS)
 
 
 def without_mask(case: Sizes) -> Tensor:

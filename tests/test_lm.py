@@ -209,3 +209,25 @@ def test_a_gradient_has_a_gradient(backward: Backward, mesh: Mesh) -> None:
         pairs = zip(tree_leaves(by_reverse), tree_leaves(by_forward), strict=True)
         for found, expected in pairs:
             assert_close(found, expected, f"{backward} on {mesh}")
+
+
+@pytest.mark.parametrize("backward", ["keep", "recompute"])
+def test_what_padding_hides_is_kept_once_for_all_layers(backward: Backward) -> None:
+    def program(comm: Comm) -> None:
+        params = lm.init(CFG)
+        plan = plan_on(comm.mesh, params)
+        leaves: Any = tree_map(lambda x: x.requires_grad_(), plan.shard(params, comm))
+        ids = torch.arange(12).view(2, 6) % 7
+        batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+        kept: set[int] = set()
+
+        def keep(x: Tensor) -> Tensor:
+            if x.shape[-2:] == (6, 6) and x.is_floating_point():
+                kept.add(x.untyped_storage().data_ptr())
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            lm.loss(CFG, plan, comm, backward)(leaves, batch)[0].backward()
+        assert len(kept) == 1, "of a tensor for each position and position"
+
+    simulate(program, Mesh(edp=1, ep=1))
