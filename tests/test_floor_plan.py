@@ -115,7 +115,7 @@ functional_ep.checkpoint.check    <- checkpoint.disk checkpoint.folder checkpoin
 functional_ep.checkpoint.checkpoints <- agreement checkpoint.check checkpoint.disk
                                      checkpoint.folder checkpoint.parts checkpoint.restoring
                                      checkpoint.saving state sharding
-functional_ep.checkpoint.boxed    <- box checkpoint.disk sharding.leaf
+functional_ep.checkpoint.boxed    <- box checkpoint.disk safetensors_file sharding.leaf
 functional_ep.checkpoint.dcp      <- agreement box checkpoint.boxed checkpoint.disk
                                      checkpoint.manifest checkpoint.parts optim safetensors_file
                                      state sharding sharding.gather sharding.leaf
