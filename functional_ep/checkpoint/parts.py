@@ -126,7 +126,10 @@ class Buffers:
 
     def copies(self, parts: Sequence[Part]) -> list[Part]:
         """The same parts, in CPU memory that no step writes into: of what is frozen, its own."""
-        return list(self._copies(parts))
+        copies = list(self._copies(parts))
+        for device in {part.x.device for part in parts if part.x.is_cuda}:
+            torch.cuda.current_stream(device).synchronize()  # the host has not waited for any yet
+        return copies
 
     def _copies(self, parts: Sequence[Part]) -> Iterator[Part]:
         for part in parts:
@@ -137,4 +140,4 @@ class Buffers:
             if held is None or held.dtype != part.x.dtype:
                 held = torch.empty(part.x.shape, dtype=part.x.dtype, pin_memory=part.x.is_cuda)
                 self._memory[part.name] = held
-            yield part._replace(x=held.copy_(part.x))
+            yield part._replace(x=held.copy_(part.x, non_blocking=part.x.is_cuda))
