@@ -129,7 +129,8 @@ class Checkpoints:
         self._lead(lambda: tidy(self.directory, self.disk))
         earlier = [other for other in committed(self.directory, self.disk) if other != path]
         copies = self._buffers.copies if self.background else on_cpu
-        saving = Saving(path, state, self.plan, self.comm, self.extras, copies, self.disk)
+        rest = self.plan, self.comm
+        saving = Saving(path, state, *rest, extras=self.extras, copies=copies, disk=self.disk)
         return _Pending(saving, earlier[-1] if earlier else None, self.background, started)
 
     def wait(self) -> None:

@@ -42,7 +42,7 @@ class Reader:
     Several threads may read at a time. Whatever is not as the manifest says raises ``Damaged``.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, verify: bool, disk: Disk) -> None:
+    def __init__(self, path: Path, manifest: Manifest, disk: Disk, *, verify: bool) -> None:
         self.path, self.manifest, self.verify, self.disk = path, manifest, verify, disk
         self.headers: dict[str, dict[str, InFile]] = {}
         self.memory = threading.local()
