@@ -31,6 +31,7 @@ from functional_ep import (
 )
 from functional_ep.checkpoint import restoring
 from functional_ep.checkpoint.parts import Buffers, parts_of
+from functional_ep.huggingface.objective import load_balance
 from functional_ep.moe import dispatch
 from functional_ep.routing import count_experts
 from sharding import Comm, Mesh, Precision, expert_parallel, make_plan, simulate, zero3
@@ -149,10 +150,14 @@ def waits(counts: Counts, kind: str) -> dict[str, int]:
 # -- a model of transformers -----------------------------------------------------------------------
 
 
-def gradients(model_type: str, away: bool) -> tuple[dict[str, torch.Tensor], Counts]:
+def gradients(
+    model_type: str, away: bool, masked: bool = True
+) -> tuple[dict[str, torch.Tensor], Counts]:
     """Of one loss, by name, on rank 0; and its waits."""
     model = build(model_type)
     batch = batch_of(model)
+    if not masked:
+        del batch["attention_mask"]
 
     def program(comm: Comm) -> tuple[dict[str, torch.Tensor], Counts]:
         bare, mine = from_huggingface(model), part_of(batch, comm.mesh, comm.rank)
@@ -186,6 +191,15 @@ def test_a_model_of_transformers_elsewhere_is_that_on_the_cpu(model_type: str) -
         assert_close(found[name] / largest, g / largest, name, rtol=1e-5)
     if model_type in ("mixtral", "qwen3_moe", "gpt_oss"):
         assert waits(counts, "read") == {"moe.py": 2}, "once for each layer"
+    if model_type != "jetmoe":  # whose own code counts on the host
+        assert waits(counts, "sent").keys() <= {"replica.py"}, "buffers, once"
+
+
+def test_sums_of_the_objective_begin_there() -> None:
+    _, counts = gradients("mixtral", away=True, masked=False)
+    assert waits(counts, "sent").keys() == {"replica.py"}
+    counts = on_one_rank(lambda x: load_balance((x[None],), 2, None))
+    assert list(waits(counts, "sent")) == ["simulate.py"], "the logits' own way there"
 
 
 # -- transforms ------------------------------------------------------------------------------------
