@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from functional_ep.sealed import Damaged
 from sharding import Comm
 from sharding.tree import flatten, path_strings, show
 
@@ -86,6 +87,7 @@ def gather_bytes(mine: bytes, comm: Comm) -> list[bytes]:
 ERRORS = {
     kind.__name__: kind
     for kind in (
+        Damaged,
         ValueError,
         TypeError,
         OSError,

@@ -11,7 +11,6 @@ written in place: an expert without rows costs nothing but its zero gradient.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -94,11 +93,15 @@ class Counts(tuple[int, ...]):
             self.found = self._ends(device)
         return self.found
 
-    def _ends(self, device: torch.device) -> Tensor:
+    def on(self, device: torch.device) -> Tensor:
+        """The numbers, on a device, which may be where they were read from."""
         if self.device_counts is not None and self.device_counts.device == device:
-            with outside_transforms():
-                return self.device_counts.cumsum(0, dtype=torch.int32)
-        return torch.tensor(list(accumulate(self)), dtype=torch.int32, device=device)
+            return self.device_counts
+        return torch.tensor(self, device=device)
+
+    def _ends(self, device: torch.device) -> Tensor:
+        with outside_transforms():
+            return self.on(device).cumsum(0, dtype=torch.int32)
 
 
 def fitting(counts: Sequence[int], rows: int, experts: int) -> Counts:

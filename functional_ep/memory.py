@@ -15,6 +15,8 @@ from .optim import Optimizer
 from .state import init_state
 from .train_step import make_train_step
 
+Optimizers = Optimizer | Mapping[str, Optimizer]
+
 
 class StepMemory(NamedTuple):
     """Bytes of tensors on one rank: the state, and the most that a step has alive beside it.
@@ -42,7 +44,7 @@ class StepMemory(NamedTuple):
 def step_memory(
     loss: Callable[[Plan, Comm], Loss],
     plan: Plan,
-    optimizers: Optimizer | Mapping[str, Optimizer],
+    optimizers: Optimizers | Callable[[Plan, Comm], Optimizers],
     batch: Any,
     *,
     clip: float | None = None,
@@ -58,11 +60,14 @@ def step_memory(
     Args:
         loss: makes the loss, such as ``lambda plan, comm: lm.loss(cfg, plan, comm, "keep")``.
         plan: of the params.
-        optimizers: as for the step.
+        optimizers: as for the step; of those that communicate, what makes them, as for the loss.
         batch: of this rank; integers in it are read.
         clip: as for the step.
         donate: as for the step, but true unless said otherwise.
         rank: whose memory.
+
+    Raises:
+        TypeError: ``loss`` makes none of a plan and a comm: it may be one itself.
 
     >>> from functional_ep import adamw, lm
     >>> from sharding import Mesh, expert_parallel, make_plan, zero3
@@ -81,13 +86,29 @@ def step_memory(
     def program(comm: Comm, memory: Memory) -> StepMemory:
         shards = [torch.empty(w.shard_size, dtype=w.dtype) for w in plan.layouts]
         params = memory.alive
-        state = init_state(plan.unflatten(shards), plan, optimizers)
+        own = optimizers(plan, comm) if callable(optimizers) else optimizers
+        state = init_state(plan.unflatten(shards), plan, own)
         del shards
         moments = memory.alive - params
-        step = make_train_step(loss(plan, comm), plan, optimizers, comm, clip=clip, donate=donate)
+        step = make_train_step(_made(loss, plan, comm), plan, own, comm, clip=clip, donate=donate)
         memory.restart()
         for _ in range(2):  # the first leaves buffers behind for the second
             state, _ = step(state, batch)
         return StepMemory(params, moments, memory.most - params - moments)
 
     return rehearse(program, plan.mesh, rank)
+
+
+def _made(loss: Callable[[Plan, Comm], Loss], plan: Plan, comm: Comm) -> Loss:
+    """The loss, or an error that says that it was to be made here."""
+    needed = (
+        "step_memory makes the loss itself, for ranks that are not there: pass what makes it, such "
+        "as lambda plan, comm: lm.loss(cfg, plan, comm)"
+    )
+    try:
+        made = loss(plan, comm)
+    except Exception as error:  # a loss takes the two for shards and a batch, and may say anything
+        raise TypeError(f"{needed}. {loss!r} of a plan and a comm raises: {error}") from error
+    if not callable(made):
+        raise TypeError(f"{needed}. {loss!r} of a plan and a comm is {made!r}")
+    return made

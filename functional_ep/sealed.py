@@ -13,6 +13,10 @@ ALGORITHM = "xxh3_128"
 T = TypeVar("T")
 
 
+class Damaged(ValueError):
+    """Bytes that are not those that were written: another copy may be in order."""
+
+
 class Newer(ValueError):
     """A file of a format that is younger than this code."""
 
@@ -52,16 +56,16 @@ def unseal(text: bytes, where: Path, kind: Kind, parse: Callable[[dict[str, Any]
 
     Raises:
         Newer: a version that this code does not know yet.
-        ValueError: any other text, of which a bit may have flipped; contents that contradict.
+        Damaged: any other text, of which a bit may have flipped; contents that contradict.
 
-    >>> cake = Kind("cake", 1, "Bake another")
+    >>> cake = Kind("cake", 1, "Bake")
     >>> text = seal({"format": "cake", "version": 1, "layers": 3})
     >>> unseal(text, Path("x"), cake, lambda body: body["layers"])
     3
     >>> unseal(text.replace(b"3", b"2"), Path("x"), cake, lambda body: body["layers"])
     Traceback (most recent call last):
       ...
-    ValueError: x is damaged, or no cake: its text and its digest disagree. Bake another
+    functional_ep.sealed.Damaged: x is damaged, or no cake: its text and its digest disagree. Bake
     """
     try:
         body = json.loads(text)
@@ -87,6 +91,6 @@ def unseal(text: bytes, where: Path, kind: Kind, parse: Callable[[dict[str, Any]
         raise _damaged(where, kind, error) from None
 
 
-def _damaged(where: Path, kind: Kind, error: Exception) -> ValueError:
+def _damaged(where: Path, kind: Kind, error: Exception) -> Damaged:
     found = str(error) if isinstance(error, ValueError) else repr(error)
-    return ValueError(f"{where} is damaged, or no {kind.format}: {found}. {kind.otherwise}")
+    return Damaged(f"{where} is damaged, or no {kind.format}: {found}. {kind.otherwise}")

@@ -17,7 +17,7 @@ from hypothesis import given
 from states import Pair, a_plan, alone, pairs, same, state_of
 from torch import Tensor
 
-from functional_ep import State
+from functional_ep import State, adamw, init_state, sgd
 from functional_ep.checkpoint.dcp import from_dcp, to_dcp
 from sharding import Comm, Mesh, Plan, make_plan, simulate, zero3
 from sharding.testing import seeds
@@ -159,6 +159,67 @@ def test_cast_converts_moments_that_are_like_their_parameter(
     assert {x.dtype for by_path in found.opt["x"].values() for x in by_path.values()} == {like}
     with pytest.raises(ValueError, match=r"z of params\['b'\] \(1,\): .* no tensor 'opt.z.b'"):
         load(tmp_path / "x", plan, cast=True, moments=("z",))
+
+
+PARAMS = {"a": torch.randn(6), "b": torch.randn(4, 2), "c": torch.randn(3)}
+LABELS, SPLIT = {"a": "A", "b": "B", "c": "C"}, dict.fromkeys("ABC", zero3("edp"))
+
+
+def of_three_optimizers(mesh: Mesh) -> tuple[Plan, Callable[[Comm], State]]:
+    """Labels with two moments, with one and with none; every number is another one."""
+    plan = make_plan(PARAMS, LABELS, SPLIT, mesh)
+    optimizers = {"A": adamw(0.1), "B": sgd(0.1, momentum=0.9), "C": sgd(0.1)}
+
+    def state(comm: Comm) -> State:
+        begun = init_state(plan.shard(PARAMS, comm), plan, optimizers)
+        for moments in begun.opt.values():
+            for i, by_path in enumerate(moments.values()):
+                for path, x in by_path.items():
+                    x.copy_(begun.params[path] * (i + 2))
+        return begun
+
+    return plan, state
+
+
+def test_labels_keep_the_moments_of_their_own_optimizers(tmp_path: Path) -> None:
+    (old, made), (new, expected) = (
+        of_three_optimizers(mesh) for mesh in (Mesh(edp=2), Mesh(edp=3))
+    )
+    simulate(lambda comm: to_dcp(tmp_path / "x", made(comm), old, comm), old.mesh)
+
+    def names(role: str, path: str) -> str:
+        return f"{path}/{role}"
+
+    simulate(lambda comm: to_dcp(tmp_path / "y", made(comm), old, comm, name_of=names), old.mesh)
+
+    def program(comm: Comm) -> None:
+        assert same(from_dcp(tmp_path / "x", new, comm), expected(comm))
+        assert same(from_dcp(tmp_path / "x", new, comm, moments=("v", "m")), expected(comm))
+        found = from_dcp(tmp_path / "y", new, comm, moments=("m", "v"), name_of=names)
+        assert same(found, expected(comm))
+        found = from_dcp(tmp_path / "x", new, comm, moments=("v",)).opt
+        assert {label: list(its) for label, its in found.items()} == {"A": ["v"], "B": [], "C": []}
+        assert from_dcp(tmp_path / "x", new, comm, moments=()).opt == {"A": {}, "B": {}, "C": {}}
+
+    simulate(program, new.mesh)
+    with pytest.raises(ValueError, match=r"z of params\['a'\] \(6,\): .* no tensor 'opt.z.a'"):
+        load(tmp_path / "x", new, moments=("m", "z"))
+    with pytest.raises(ValueError, match=r"with a name_of, .* such as moments=\('m', 'v'\)"):
+        load(tmp_path / "y", new, name_of=names)
+    one = make_plan(PARAMS, dict.fromkeys(PARAMS, "A"), {"A": zero3()}, Mesh())
+    with pytest.raises(ValueError, match=r"'a' has the moments \['m', 'v'\] and 'b' has \['m'\]"):
+        load(tmp_path / "x", one)
+
+
+def test_a_moment_is_not_taken_for_a_path(tmp_path: Path) -> None:
+    """``m.a`` of ``w`` would be ``m`` of ``a/w``, and nobody would miss it."""
+    plan = make_plan({"w": W}, {"w": "x"}, {"x": zero3()}, Mesh())
+    state = State(torch.tensor(1), {"w": W.view(-1)}, {"x": {"m.a": {"w": W.view(-1)}}})
+    with pytest.raises(
+        ValueError, match=r"moment 'm\.a' would be taken for a path: give a name_of"
+    ):
+        simulate(lambda comm: to_dcp(tmp_path / "x", state, plan, comm), plan.mesh)
+    assert list(tmp_path.iterdir()) == []
 
 
 # -- what is refused -------------------------------------------------------------------------------

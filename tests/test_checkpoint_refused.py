@@ -173,6 +173,11 @@ def with_moment(state: State, name: str, x: torch.Tensor | None) -> State:
     return state._replace(opt={**state.opt, "expert": {**state.opt["expert"], name: moments}})
 
 
+def renamed_moment(state: State, old: str, new: str) -> State:
+    moments = {new if name == old else name: its for name, its in state.opt["expert"].items()}
+    return state._replace(opt={**state.opt, "expert": moments})
+
+
 def donated(state: State, rank: int) -> State:
     state.step.set_()  # pyright: ignore[reportCallIssue]
     return state
@@ -205,6 +210,16 @@ WRONG: dict[str, tuple[Callable[[Path, Comm], None], type[Exception], str]] = {
         states(lambda s, r: with_moment(s, "v", torch.zeros(6, dtype=torch.complex64))),
         ValueError,
         "complex64, which a safetensors file cannot hold",
+    ),
+    "the parameter's name": (
+        states(lambda s, r: renamed_moment(s, "m", "params")),
+        ValueError,
+        r"state.opt\['expert'\]\['params'\]: a moment cannot be saved as 'params'",
+    ),
+    "a path in a name": (
+        states(lambda s, r: renamed_moment(s, "v", "v/b")),
+        ValueError,
+        r"state.opt\['expert'\]\['v/b'\]: .* nor with a '/', .* call it something else",
     ),
     "metadata": (
         lambda path, comm: save(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,15 @@ import pytest
 import torch
 from disks import Faulty, MemoryDisk
 from farm import Farm
-from states import a_plan, same, state_of
+from states import LABELS, PARAMS, RULES, a_plan, same, state_of
 
 from functional_ep import Checkpoints, State
+from functional_ep.checkpoint import checkpoints as module
 from functional_ep.checkpoint import committed, describe, verify
 from functional_ep.checkpoint.disk import DISK, Disk
 from functional_ep.checkpoint.parts import Buffers, on_cpu
-from sharding import Comm, Mesh, simulate
+from functional_ep.sealed import Damaged
+from sharding import Comm, Mesh, make_plan, replicated, simulate
 from sharding.tree import flatten
 
 MESH = Mesh(edp=1, ep=2)
@@ -236,7 +240,7 @@ def test_a_damaged_newest_is_refused_and_the_one_in_order_is_named(
         path.write_bytes(data)
 
     def program(comm: Comm) -> str:
-        with pytest.raises(ValueError) as caught:
+        with pytest.raises(Damaged) as caught:
             Checkpoints(tmp_path, PLAN, comm).restore()
         return str(caught.value)
 
@@ -245,6 +249,63 @@ def test_a_damaged_newest_is_refused_and_the_one_in_order_is_named(
     assert first.endswith(
         f"{tmp_path / 'step-00000001'} is in order, move step-00000003 away to go on from it"
     )
+
+
+def test_what_one_rank_finds_damaged_is_so_for_all(tmp_path: Path) -> None:
+    class Longer(Disk):
+        """A disk on which the payloads of step 3 have grown."""
+
+        def size(self, path: Path) -> int | None:
+            size = super().size(path)
+            grows = path.suffix == ".safetensors" and path.parent.name == "step-00000003"
+            return size + 1 if grows and size else size
+
+    save_some(DISK, tmp_path, (1, 2, 3))
+
+    def program(comm: Comm) -> str:
+        disk = Longer() if comm.rank else DISK
+        with pytest.raises(Damaged) as caught:
+            Checkpoints(tmp_path, PLAN, comm, disk=disk).restore()
+        return str(caught.value)
+
+    first, second = on_ranks(program)
+    assert first == second and first.startswith("rank 1: ") and "bytes and should have" in first
+    assert first.endswith("step-00000002 is in order, move step-00000003 away to go on from it")
+
+
+class Unreadable(Disk):
+    def read(self, path: Path, start: int, memory: memoryview) -> Iterator[memoryview]:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "the medium")
+
+
+@pytest.mark.parametrize("other", ["a plan", "a medium", "a format"])
+def test_what_is_no_damage_makes_nobody_read_the_others(
+    other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_some(DISK, tmp_path, (1, 2))
+    read: list[Path] = []
+    monkeypatch.setattr(module, "check", lambda path, **_: read.append(path))
+    disk, plan = Unreadable() if other == "a medium" else DISK, PLAN
+    if other == "a plan":
+        wider = {**PARAMS, "b": torch.empty(6, dtype=torch.float64)}
+        plan = make_plan(wider, LABELS, RULES, MESH, frozen=("still",))
+    if other == "a format":
+        manifest = tmp_path / "step-00000002" / "manifest.json"
+        manifest.write_bytes(manifest.read_bytes().replace(b'"version":1', b'"version":9'))
+
+    def program(comm: Comm) -> str:
+        with pytest.raises((ValueError, OSError)) as caught:
+            Checkpoints(tmp_path, plan, comm, disk=disk).restore()
+        assert not isinstance(caught.value, Damaged)
+        return str(caught.value)
+
+    first, second = on_ranks(program)
+    said = {
+        "a plan": r"params\['b'\] \(6,\) expected, but \(5,\) was saved: it is another model's$",
+        "a medium": r"\[Errno 5\] Input/output error: 'the medium'$",
+        "a format": r"has format version 9, .*: update functional-ep$",
+    }
+    assert first == second and re.search(said[other], first) and read == []
 
 
 @pytest.mark.parametrize("saves", [True, False], ids=["save", "call"])
@@ -262,8 +323,6 @@ def test_another_future_is_not_mixed_with_this_one(saves: bool, tmp_path: Path) 
 
 def test_a_plan_that_does_not_fit_is_not_called_damage(tmp_path: Path) -> None:
     save_some(DISK, tmp_path, (1, 2))
-    from sharding import make_plan, replicated
-
     plan = make_plan({"w": torch.zeros(1)}, {"w": "x"}, {"x": replicated()}, Mesh())
 
     def program(comm: Comm) -> None:

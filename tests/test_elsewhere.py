@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,7 +15,8 @@ from closeness import assert_close
 from elsewhere import ELSEWHERE, Remote, Waits, elsewhere, here, there
 from hf_cases import batch_of, build, part_of, plan_of
 from optree import tree_leaves
-from states import a_plan, state_of
+from states import a_plan, alone, state_of
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from functional_ep import (
     Optimizer,
@@ -28,6 +30,8 @@ from functional_ep import (
     sgd,
 )
 from functional_ep.checkpoint import restoring
+from functional_ep.checkpoint.parts import Buffers, parts_of
+from functional_ep.huggingface.objective import load_balance
 from functional_ep.moe import dispatch
 from functional_ep.routing import count_experts
 from sharding import Comm, Mesh, Precision, expert_parallel, make_plan, simulate, zero3
@@ -146,10 +150,14 @@ def waits(counts: Counts, kind: str) -> dict[str, int]:
 # -- a model of transformers -----------------------------------------------------------------------
 
 
-def gradients(model_type: str, away: bool) -> tuple[dict[str, torch.Tensor], Counts]:
+def gradients(
+    model_type: str, away: bool, masked: bool = True
+) -> tuple[dict[str, torch.Tensor], Counts]:
     """Of one loss, by name, on rank 0; and its waits."""
     model = build(model_type)
     batch = batch_of(model)
+    if not masked:
+        del batch["attention_mask"]
 
     def program(comm: Comm) -> tuple[dict[str, torch.Tensor], Counts]:
         bare, mine = from_huggingface(model), part_of(batch, comm.mesh, comm.rank)
@@ -183,6 +191,15 @@ def test_a_model_of_transformers_elsewhere_is_that_on_the_cpu(model_type: str) -
         assert_close(found[name] / largest, g / largest, name, rtol=1e-5)
     if model_type in ("mixtral", "qwen3_moe", "gpt_oss"):
         assert waits(counts, "read") == {"moe.py": 2}, "once for each layer"
+    if model_type != "jetmoe":  # whose own code counts on the host
+        assert waits(counts, "sent").keys() <= {"replica.py"}, "buffers, once"
+
+
+def test_sums_of_the_objective_begin_there() -> None:
+    _, counts = gradients("mixtral", away=True, masked=False)
+    assert waits(counts, "sent").keys() == {"replica.py"}
+    counts = on_one_rank(lambda x: load_balance((x[None],), 2, None))
+    assert list(waits(counts, "sent")) == ["simulate.py"], "the logits' own way there"
 
 
 # -- transforms ------------------------------------------------------------------------------------
@@ -246,6 +263,44 @@ def test_a_state_is_restored_elsewhere(tmp_path: Path, monkeypatch: pytest.Monke
         for rank, found in enumerate(simulate(loading, plan.mesh, device=ELSEWHERE)):
             expected, _ = flatten(state_of(plan, rank, 3))
             assert all(map(torch.equal, found, expected))
+
+
+class Copies(TorchDispatchMode):
+    """Notes which copies the host has to wait for."""
+
+    def __init__(self, noted: list[str]) -> None:
+        super().__init__()
+        self.noted = noted
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten.copy_.default:
+            self.noted.append("copied" if args[2:] == (True,) else "copied and waited")
+        return func(*args, **kwargs or {})
+
+
+def test_a_save_waits_for_all_of_its_copies_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    noted, empty, plan = list[str](), torch.empty, alone()
+    stream = SimpleNamespace(synchronize=lambda: noted.append("waited"))
+    monkeypatch.setattr(torch.cuda, "current_stream", {ELSEWHERE: stream}.__getitem__)
+
+    def unpinned(*shape: Any, pin_memory: bool, **rest: Any) -> torch.Tensor:
+        assert pin_memory, "else the host waits all the same"
+        return empty(*shape, **rest)
+
+    def program(comm: Comm) -> None:
+        parts = parts_of(state_of(plan, comm.rank, 3), plan, comm)
+        with Waits():
+            away = [part._replace(x=there(part.x)) for part in parts]
+            monkeypatch.setattr(torch, "empty", unpinned)
+            with Copies(noted):
+                found = Buffers().copies(away)
+        assert noted == ["copied"] * len(parts) + ["waited"]
+        assert all(torch.equal(x.x, part.x) for x, part in zip(found, parts, strict=True))
+
+    with elsewhere():
+        simulate(program, plan.mesh)
 
 
 # -- what the tests have to find -------------------------------------------------------------------

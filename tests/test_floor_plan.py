@@ -81,7 +81,8 @@ functional_ep.fused         <- factored
 functional_ep.optim         <- fused schedules sharding wide
 functional_ep.state         <- optim sharding sharding.tree
 functional_ep.step_by_label <- optim state sharding sharding.collectives sharding.tree
-functional_ep.agreement     <- sharding sharding.tree
+functional_ep.sealed        <-
+functional_ep.agreement     <- sealed sharding sharding.tree
 functional_ep.differentiate <- factored sharding sharding.collectives sharding.comm sharding.node
                                sharding.tree wide
 functional_ep.norm          <- differentiate factored sharding wide
@@ -95,7 +96,6 @@ functional_ep.train_step    <- agreement differentiate norm optim poll state ste
 functional_ep.memory        <- differentiate optim state train_step sharding sharding.rehearsal
 functional_ep.box           <-
 functional_ep.safetensors_file <- box
-functional_ep.sealed        <-
 functional_ep.checkpoint.disk     <-
 functional_ep.checkpoint.digest   <- safetensors_file sealed
 functional_ep.checkpoint.manifest <- safetensors_file sealed
@@ -117,8 +117,8 @@ functional_ep.checkpoint.check    <- checkpoint.disk checkpoint.folder checkpoin
                                      checkpoint.reader
 functional_ep.checkpoint.checkpoints <- agreement checkpoint.check checkpoint.disk
                                      checkpoint.folder checkpoint.parts checkpoint.restoring
-                                     checkpoint.saving state sharding
-functional_ep.checkpoint.boxed    <- box checkpoint.disk sharding.leaf
+                                     checkpoint.saving sealed state sharding
+functional_ep.checkpoint.boxed    <- box checkpoint.disk safetensors_file sharding.leaf
 functional_ep.checkpoint.dcp      <- agreement box checkpoint.boxed checkpoint.disk
                                      checkpoint.manifest checkpoint.parts optim safetensors_file
                                      state sharding sharding.gather sharding.leaf

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hf_cases import RULES, build
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from functional_ep import (
@@ -26,6 +27,7 @@ from sharding import Comm, Mesh, Plan, make_plan, simulate
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 MESHES = (Mesh(edp=1, ep=1), Mesh(edp=2, ep=1), Mesh(edp=2, ep=2), Mesh(edp=1, ep=4))
 FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss")  # the last stores matrices the other way round
+FILE = "adapter_model.safetensors"
 IDS = torch.randint(3, 60, (4, 8), generator=torch.Generator().manual_seed(0))
 
 
@@ -152,6 +154,46 @@ def test_a_fresh_adapter_adds_nothing_and_begins_as_that_of_peft(tmp_path: Path)
         elif ".lora_A." in name:
             assert ours[name].std() == pytest.approx(float(p.detach().std()), rel=0.35)
             assert ours[name].abs().max() <= p.shape[-1] ** -0.5
+
+
+DTYPES = [(torch.float64, torch.float64), (torch.bfloat16, torch.float32)]
+
+
+@pytest.mark.parametrize(("asked", "kept"), DTYPES, ids=["double", "half"])
+def test_an_adapter_is_held_and_written_in_the_dtype_that_peft_keeps_it_in(
+    asked: torch.dtype, kept: torch.dtype, tmp_path: Path
+) -> None:
+    plain = build("mixtral")
+    plain.save_pretrained(tmp_path / "base")
+    model = from_huggingface(tmp_path / "base", dtype=asked, adapter=config())
+    theirs = get_peft_model(plain.to(asked), config()).get_base_model().named_parameters()
+    assert {name: x.dtype for name, x in model.shapes.items()} == {n: p.dtype for n, p in theirs}
+    expected: list[float] = []
+    for mesh in (Mesh(edp=1, ep=1), Mesh(edp=1, ep=4)):
+        out = tmp_path / f"{mesh.size}"
+        losses, _ = simulate(trained, mesh, [model] * mesh.size, [out] * mesh.size)[0]
+        written = load_file(out / FILE).values()
+        assert {x.dtype for x in written} == {kept}
+        expected = expected or losses
+        assert losses == pytest.approx(expected, rel=1e-12 if asked == kept else 1e-2)
+
+
+def test_an_adapter_of_a_half_model_is_written_as_it_is_held(tmp_path: Path) -> None:
+    plain, mesh = adapted("mixtral"), Mesh(edp=1, ep=2)
+    for name, p in plain.named_parameters():
+        p.data = p.data if ".lora_" in name else p.data.bfloat16()
+    plain.save_pretrained(tmp_path / "peft")
+    model = from_huggingface(plain)
+
+    def program(comm: Comm) -> None:
+        plan = plan_of(model, mesh)
+        to_huggingface(tmp_path / "ours", model.load(plan, comm), plan, comm, model)
+
+    simulate(program, mesh)
+    found, expected = (load_file(tmp_path / by / FILE) for by in ("ours", "peft"))
+    assert found.keys() == expected.keys()
+    for name, x in expected.items():
+        assert found[name].dtype == torch.float32 and torch.equal(found[name], x), name
 
 
 # -- what is refused -------------------------------------------------------------------------------

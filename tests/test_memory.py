@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from functional_ep import adamw, init_state, lm, make_train_step
+from functional_ep import Optimizer, adamw, init_state, lm, make_train_step
 from functional_ep.memory import StepMemory, step_memory
 from sharding import Comm, Mesh, Plan, expert_parallel, make_plan, simulate, zero3
 from sharding.rehearsal import Memory, rehearse
@@ -101,6 +101,50 @@ def test_an_undonated_step_holds_two_states() -> None:
     twice = step_memory(loss, plan, adamw(1e-3), BATCH, donate=False)
     once = step_memory(loss, plan, adamw(1e-3), BATCH)
     assert twice.step - once.step >= 0.8 * once.params
+
+
+@pytest.mark.parametrize("kind", ["lm", "of one's own", "none at all", "a maker that fails"])
+def test_a_loss_in_place_of_what_makes_it_is_refused(kind: str) -> None:
+    plan = make_plan(lm.init(CFG), lm.labels, RULES, Mesh(edp=1, ep=1))
+    (whole,) = simulate(lambda comm: lm.loss(CFG, plan, comm), plan.mesh)
+    wrong: Any = "kept"
+    losses: dict[str, Any] = {
+        "lm": whole,
+        "of one's own": lambda shards, batch: (torch.zeros(()), 1),
+        "none at all": 3.0,
+        "a maker that fails": lambda plan, comm: lm.loss(CFG, plan, comm, wrong),
+    }
+    message = r"pass what makes it, such as lambda plan, comm: .* of a plan and a comm (raises|is)"
+    if kind == "a maker that fails":
+        message += ".*'kept'"
+    with pytest.raises(TypeError, match=message):
+        step_memory(losses[kind], plan, adamw(1e-3), BATCH)
+
+
+def test_optimizers_may_be_made_for_the_ranks_that_are_not_there() -> None:
+    """One that gathers its gradients in each update, as Muon does, and so needs the comm."""
+    plan = make_plan(lm.init(CFG), lm.labels, RULES, Mesh(edp=2, ep=2))
+    plain = adamw(1e-3)
+
+    def optimizers(plan: Plan, comm: Comm) -> dict[str, Optimizer]:
+        def update(step: Any, params: Any, grads: Any, *rest: Any) -> Any:
+            whole = comm.all_gather(grads, comm.mesh.axes)
+            assert [len(x) for x in whole] == [4 * len(g) for g in grads]
+            assert len(torch.cat(whole * 16)) * 4 > 2**20  # bytes
+            return plain.update(step, params, grads, *rest)
+
+        gathers: Any = update
+        return {"dense": plain, "expert": Optimizer(plain.init, gathers, plain.rate)}
+
+    def loss(plan: Plan, comm: Comm) -> Any:
+        return lm.loss(CFG, plan, comm, "keep")
+
+    gathering = step_memory(loss, plan, optimizers, BATCH)
+    same = step_memory(loss, plan, lambda plan, comm: plain, BATCH)
+    assert same == step_memory(loss, plan, plain, BATCH)
+    assert gathering[:2] == same[:2] and gathering.step > same.step + 2**18
+    with pytest.raises(TypeError, match=r"optimizers are 3"):
+        step_memory(loss, plan, lambda plan, comm: 3, BATCH)  # pyright: ignore[reportArgumentType]
 
 
 # -- rehearsal -----------------------------------------------------------------------------------

@@ -12,18 +12,29 @@ from typing import Any
 import pytest
 import torch
 from farm import Farm
-from hub import FAMILIES, MANY, Alone, Hub, Model, plan_of, rules_and_meshes
+from hub import (
+    FAMILIES,
+    MANY,
+    RULES,
+    Alone,
+    Hub,
+    Model,
+    config_of,
+    plan_of,
+    random_model,
+    rules_and_meshes,
+)
 from hypothesis import find, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from functional_ep import to_huggingface
+from functional_ep import from_huggingface, to_huggingface
 from functional_ep.huggingface import dump, names
 from functional_ep.huggingface import load as load_module
 from functional_ep.huggingface.load import load
-from sharding import Comm, Mesh, Plan, Rule, interval, simulate
+from sharding import Comm, Mesh, Plan, Rule, interval, make_plan, simulate
 
 MESHES = [Mesh(edp=edp, ep=ep) for edp, ep in ((1, 1), (2, 1), (1, 2), (2, 2), (1, 4))]
 
@@ -239,6 +250,24 @@ def test_masters_are_written_in_the_dtype_that_is_asked_for(
         assert torch.equal(after[name].to(x.dtype), x), name
         assert after[name].dtype == torch.bfloat16 or name in model.buffers, name
     assert AutoModelForCausalLM.from_pretrained(place).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_each_tensor_is_written_in_its_own_dtype(place: Path, family: str) -> None:
+    """A float32 router in a bfloat16 model, as transformers writes it, to the byte."""
+    plain = random_model(config_of(family)).bfloat16()
+    for layer in plain.model.layers:
+        router = next(module for name, module in layer.mlp.named_children() if name != "experts")
+        torch.nn.init.normal_(router.float().weight)
+    plain.save_pretrained(place / "theirs")
+    model = from_huggingface(plain)
+
+    def program(comm: Comm) -> None:
+        plan = make_plan(model.shapes, model.labels, RULES, comm.mesh)
+        to_huggingface(place / "ours", model.load(plan, comm), plan, comm, model)
+
+    simulate(program, Mesh(edp=2, ep=2))
+    assert not differing_files(place / "theirs", place / "ours")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

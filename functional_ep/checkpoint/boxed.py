@@ -10,12 +10,22 @@ from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from functional_ep.box import boxes, sizes_of, slices_of
-from functional_ep.checkpoint.disk import DISK, read_all
+from functional_ep.checkpoint.disk import DISK, read_all, write_all
+from functional_ep.safetensors_file import DTYPES
 from sharding.leaf import Leaf
 
+STEP = "step"  # the name of the clock
 FORMAT = "torch.distributed.checkpoint."
 ADMITTED = {
     FORMAT + "metadata": {
@@ -73,6 +83,30 @@ def save_box(stream: IO[bytes], x: Tensor) -> tuple[int, int]:
     start = stream.tell()
     torch.save(x.clone(), stream)
     return start, stream.tell() - start
+
+
+def make_metadata(records: list[dict[str, Any]], folder: Path, step: int) -> Metadata:
+    """The table of contents, with the step as a tensor that rank 0 adds in a file of its own."""
+    stream = io.BytesIO()
+    place = save_box(stream, torch.tensor(step))
+    write_all(folder / "__step.distcp", [stream.getbuffer()], DISK)
+    shapes: dict[str, Any] = {STEP: ((), "I64")} | records[0]["shapes"]
+    entries: list[Any] = [(STEP, (), "__step.distcp", *place)]
+    entries += [entry for record in records for entry in record["entries"]]
+    tensors = {
+        name: TensorStorageMetadata(
+            TensorProperties(dtype=DTYPES[kind]), torch.Size(shape), list[ChunkStorageMetadata]()
+        )
+        for name, (shape, kind) in shapes.items()
+    }
+    stored: dict[MetadataIndex, _StorageInfo] = {}
+    for name, box, file, at, length in entries:
+        offsets = torch.Size(lo for lo, _ in box)
+        index = MetadataIndex(name, offsets, len(tensors[name].chunks))
+        tensors[name].chunks.append(ChunkStorageMetadata(offsets, torch.Size(sizes_of(box))))
+        stored[index] = _StorageInfo(file, at, length)
+    table: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {**tensors}
+    return Metadata(table, planner_data={name: (name,) for name in table}, storage_data=stored)
 
 
 class Wanted(NamedTuple):
@@ -159,11 +193,11 @@ class Boxed:
         except Exception as error:  # an unpickler may raise anything
             raise ValueError(f"{index.fqn!r} in {file} cannot be read: {error}") from None
 
-    def step(self, name: str) -> int:
-        """What was saved under this name, a tensor or a number; 0 where there is nothing."""
-        found = self.metadata.state_dict_metadata.get(name)
+    def step(self) -> int:
+        """The clock, a tensor or a number; 0 where there is none."""
+        found = self.metadata.state_dict_metadata.get(STEP)
         if found is None:
             return 0
         tensor = isinstance(found, TensorStorageMetadata)
         chunk = found.chunks[0].offsets if tensor else None
-        return int(self._load(MetadataIndex(name, chunk, 0 if tensor else None)))
+        return int(self._load(MetadataIndex(STEP, chunk, 0 if tensor else None)))

@@ -112,7 +112,7 @@ def verify(path: str | Path, *, disk: Disk = DISK) -> Contents:
     """
     path = Path(path)
     manifest = read_manifest(path, disk)
-    return _contents(path, manifest, tuple(_problems(Reader(path, manifest, True, disk))))
+    return _contents(path, manifest, tuple(_problems(Reader(path, manifest, disk, verify=True))))
 
 
 def attached(path: str | Path, name: str, *, disk: Disk = DISK) -> bytes:
@@ -126,7 +126,7 @@ def attached(path: str | Path, name: str, *, disk: Disk = DISK) -> bytes:
     manifest = read_manifest(path, disk)
     if name not in manifest.files:
         raise FileNotFoundError(f"{path} has no file {name!r}: it has {list(manifest.files)}")
-    return Reader(path, manifest, True, disk).attached(name)
+    return Reader(path, manifest, disk, verify=True).attached(name)
 
 
 def _contents(path: Path, manifest: Manifest, problems: tuple[str, ...]) -> Contents:

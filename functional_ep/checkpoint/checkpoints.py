@@ -18,6 +18,7 @@ from functional_ep.checkpoint.folder import claimed, committed, discard, step_of
 from functional_ep.checkpoint.parts import Buffers, on_cpu
 from functional_ep.checkpoint.restoring import restore
 from functional_ep.checkpoint.saving import Content, Extras, Saving
+from functional_ep.sealed import Damaged
 from functional_ep.state import State
 from sharding import Comm, Plan
 
@@ -128,7 +129,8 @@ class Checkpoints:
         self._lead(lambda: tidy(self.directory, self.disk))
         earlier = [other for other in committed(self.directory, self.disk) if other != path]
         copies = self._buffers.copies if self.background else on_cpu
-        saving = Saving(path, state, self.plan, self.comm, self.extras, copies, self.disk)
+        rest = self.plan, self.comm
+        saving = Saving(path, state, *rest, extras=self.extras, copies=copies, disk=self.disk)
         return _Pending(saving, earlier[-1] if earlier else None, self.background, started)
 
     def wait(self) -> None:
@@ -153,8 +155,8 @@ class Checkpoints:
         """The state of the newest checkpoint, or None if there is none yet.
 
         Raises:
-            ValueError: as :func:`functional_ep.restore`. It never turns to an older checkpoint by
-                itself, but says which one is in order.
+            ValueError, OSError: as :func:`functional_ep.restore`. It never turns to an older
+                checkpoint by itself, but where the newest is damaged says which one is in order.
         """
         newest = str(self.latest or "").encode()
         path = Path(gather_bytes(newest, self.comm)[0].decode())
@@ -162,14 +164,12 @@ class Checkpoints:
             return None
         try:
             return restore(path, self.plan, self.comm, verify=verify, cast=cast, disk=self.disk)
-        except (OSError, ValueError) as error:
+        except Damaged as error:
             advice = together(lambda: self._advice(path) if self.comm.rank == 0 else "", self.comm)
             advice = gather_bytes(advice.encode(), self.comm)[0].decode()
-            raise ValueError(f"{error}{advice}") from error
+            raise Damaged(f"{error}{advice}") from error
 
     def _advice(self, newest: Path) -> str:
-        if _is_good(newest, self.disk):
-            return ""
         older = [path for path in committed(self.directory, self.disk) if path != newest]
         good = next((path for path in reversed(older) if _is_good(path, self.disk)), None)
         if good is None:

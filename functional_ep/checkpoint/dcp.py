@@ -7,7 +7,6 @@ no digests and no instant of commitment: it is for exchange, :func:`functional_e
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -19,31 +18,28 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from functional_ep.agreement import gather_bytes, together
 from functional_ep.box import boxes, sizes_of
-from functional_ep.checkpoint.boxed import Boxed, Wanted, read_metadata, save_box
+from functional_ep.checkpoint.boxed import (
+    STEP,
+    Boxed,
+    Wanted,
+    make_metadata,
+    read_metadata,
+    save_box,
+)
 from functional_ep.checkpoint.disk import DISK, make_directories, write_all
 from functional_ep.checkpoint.manifest import PARAMS
 from functional_ep.checkpoint.parts import Part, on_cpu, parts_of
 from functional_ep.optim import Moments
-from functional_ep.safetensors_file import DTYPES, NAMES
-from functional_ep.state import State
+from functional_ep.safetensors_file import NAMES
+from functional_ep.state import State, moments_in_common
 from sharding import Comm, Plan, interval
 from sharding.gather import Layout
 from sharding.leaf import Leaf
 
 METADATA = ".metadata"
-STEP = "step"
 NameOf = Callable[[str, str], str]
 
 
@@ -53,6 +49,8 @@ def dcp_name(role: str, path: str) -> str:
     >>> dcp_name("params", "blocks/0/w"), dcp_name("m", "w")
     ('params.blocks.0.w', 'opt.m.w')
     """
+    if "." in role:
+        raise ValueError(f"moment {role!r} would be taken for a path: give a name_of, or rename it")
     top = PARAMS if role == PARAMS else f"opt.{role}"
     return f"{top}.{path.replace('/', '.')}"
 
@@ -71,7 +69,8 @@ def to_dcp(
 
     Raises:
         FileExistsError: a path at which there is something.
-        ValueError: a state that is not of the plan; two tensors of one name.
+        ValueError: a state that is not of the plan; two tensors of one name, or, without a
+            ``name_of``, a moment with a dot in its name.
     """
     path = Path(path)
     parts = together(lambda: _named(on_cpu(parts_of(state, plan, comm)), name_of), comm)
@@ -87,7 +86,7 @@ def to_dcp(
         return _write(growing / f"__{comm.rank}_0.distcp", parts, plan, name_of)
 
     def commit() -> None:
-        content = pickle.dumps(_metadata(records, growing, int(state.step)))
+        content = pickle.dumps(make_metadata(records, growing, int(state.step)))
         write_all(growing / METADATA, [memoryview(content)], DISK)
         DISK.sync_directory(growing)
         DISK.rename(growing, path)
@@ -138,36 +137,12 @@ def _write(file: Path, parts: Sequence[Part], plan: Plan, name_of: NameOf) -> di
     return {"entries": entries, "shapes": tensors}
 
 
-def _metadata(records: list[dict[str, Any]], folder: Path, step: int) -> Metadata:
-    """The table of contents, with the step as a tensor that rank 0 adds in a file of its own."""
-    stream = io.BytesIO()
-    place = save_box(stream, torch.tensor(step))
-    write_all(folder / "__step.distcp", [stream.getbuffer()], DISK)
-    shapes: dict[str, Any] = {STEP: ((), "I64")} | records[0]["shapes"]
-    entries: list[Any] = [(STEP, (), "__step.distcp", *place)]
-    entries += [entry for record in records for entry in record["entries"]]
-    tensors = {
-        name: TensorStorageMetadata(
-            TensorProperties(dtype=DTYPES[kind]), torch.Size(shape), list[ChunkStorageMetadata]()
-        )
-        for name, (shape, kind) in shapes.items()
-    }
-    stored: dict[MetadataIndex, _StorageInfo] = {}
-    for name, box, file, at, length in entries:
-        offsets = torch.Size(lo for lo, _ in box)
-        index = MetadataIndex(name, offsets, len(tensors[name].chunks))
-        tensors[name].chunks.append(ChunkStorageMetadata(offsets, torch.Size(sizes_of(box))))
-        stored[index] = _StorageInfo(file, at, length)
-    table: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {**tensors}
-    return Metadata(table, planner_data={name: (name,) for name in table}, storage_data=stored)
-
-
 def from_dcp(
     path: str | Path,
     plan: Plan,
     comm: Comm,
     *,
-    moments: Sequence[str] = ("m", "v"),
+    moments: Sequence[str] | None = None,
     name_of: NameOf = dcp_name,
     cast: bool = False,
 ) -> State:
@@ -180,7 +155,8 @@ def from_dcp(
         path: what :func:`to_dcp` wrote, or ``torch.distributed.checkpoint.save``.
         plan: where the state is to live.
         comm: the ranks; all must call.
-        moments: those that leaves which are trained have; none, if only parameters are there.
+        moments: which to look for: a label that is trained has those that are there for it. By
+            default all that are named as by :func:`dcp_name`; with a ``name_of``, say which.
         name_of: see :func:`to_dcp`.
         cast: convert parameters, and moments that had the parameter's dtype, to the plan's dtypes.
 
@@ -190,7 +166,8 @@ def from_dcp(
     Raises:
         FileNotFoundError: no such directory.
         ValueError: a table of contents with anything in it that is no part of one; a tensor that is
-            missing, or has another shape, or dtype without ``cast``; chunks that leave a gap.
+            missing, or has another shape, or dtype without ``cast``; a moment that no leaf has, or
+            a part of a label; chunks that leave a gap.
 
     >>> from tempfile import TemporaryDirectory
     >>> from sharding import Mesh, make_plan, replicated, simulate
@@ -199,12 +176,17 @@ def from_dcp(
     >>> def program(comm, path):
     ...     state = State(torch.tensor(7), plan.shard(params, comm), {"dense": {}})
     ...     to_dcp(path, state, plan, comm)
-    ...     return from_dcp(path, plan, comm, moments=())
+    ...     return from_dcp(path, plan, comm)
     >>> with TemporaryDirectory() as directory:
     ...     simulate(program, plan.mesh, [directory + "/exchange"])[0].params
     {'w': tensor([0., 1., 2.])}
     """
     plan.check_mesh(comm)
+    if moments is None and name_of is not dcp_name:
+        raise ValueError(
+            "with a name_of, moments cannot be told by their names: say which there may be, such "
+            "as moments=('m', 'v'), or () for none"
+        )
 
     def read() -> State:
         boxed = Boxed(Path(path), read_metadata(Path(path) / METADATA))
@@ -225,13 +207,32 @@ def from_dcp(
                     for leaf, layout in places
                     if leaf.label == label
                 }
-                for name in moments
+                for name in names
             }
-            for label in plan.trained
+            for label, names in _moments(boxed, plan, moments, name_of).items()
         }
-        return State(torch.tensor(boxed.step(STEP)), params, opt)
+        return State(torch.tensor(boxed.step()), params, opt)
 
     return together(read, comm)
+
+
+def _moments(
+    boxed: Boxed, plan: Plan, asked: Sequence[str] | None, name_of: NameOf
+) -> dict[str, list[str]]:
+    """By label, the moments that its leaves have in the directory."""
+    there = boxed.metadata.state_dict_metadata
+    names = [name.split(".") for name in there]
+    roles = dict.fromkeys(name[1] for name in names if name[0] == "opt" and name[2:])
+    leaves = [leaf for label in plan.trained for leaf in plan.leaves if leaf.label == label]
+    for role in asked or ():
+        wanted = [Wanted(role, leaf, name_of(role, leaf.path)) for leaf in leaves]
+        if wanted and not any(each.name in there for each in wanted):
+            boxed.dtype(wanted[0])  # which says what is there instead
+    held: dict[str, dict[str, list[str]]] = {label: {} for label in plan.trained}
+    for leaf in leaves:
+        its = [r for r in (roles if asked is None else asked) if name_of(r, leaf.path) in there]
+        held[leaf.label][leaf.path] = its
+    return {label: moments_in_common(label, its, frozen=()) for label, its in held.items()}
 
 
 def _dtype(boxed: Boxed, role: str, leaf: Leaf, name_of: NameOf, cast: bool) -> torch.dtype:

@@ -29,7 +29,7 @@ def read_manifest(path: Path, disk: Disk) -> Manifest:
 
     Raises:
         FileNotFoundError: no checkpoint; says what else it seems to be, and what to do.
-        ValueError: a manifest that is damaged, or of a newer format.
+        Damaged, Newer: a manifest that is damaged, or of a newer format.
     """
     text = read_all(path / MANIFEST, disk)
     if text is None:

@@ -117,7 +117,7 @@ def from_bytes(text: bytes, where: Path) -> Manifest:
 
     Raises:
         Newer: a format that this code does not know yet.
-        ValueError: any other text, of which a bit may have flipped; contents that contradict.
+        Damaged: any other text, of which a bit may have flipped; contents that contradict.
     """
     return unseal(text, where, KIND, _parsed)
 

@@ -68,6 +68,12 @@ def moments_by_path(state: State, plan: Plan) -> dict[str, dict[str, Tensor]]:
     found: dict[str, dict[str, Tensor]] = {path: {} for path in labels}
     for label, moments in state.opt.items():
         for name, by_path in moments.items():
+            if name == PARAMS or "/" in name:  # two tensors of a leaf, or of two, would be one
+                raise ValueError(
+                    f"state.opt[{label!r}][{name!r}]: a moment cannot be saved as {PARAMS!r}, as "
+                    "the parameter itself is, nor with a '/', as a path is: let the optimizer's "
+                    "init call it something else"
+                )
             lacking = {path for path, its in labels.items() if its == label} ^ set(by_path)
             if lacking:
                 where = show(min(lacking), f"state.opt[{label!r}][{name!r}]")
@@ -120,7 +126,10 @@ class Buffers:
 
     def copies(self, parts: Sequence[Part]) -> list[Part]:
         """The same parts, in CPU memory that no step writes into: of what is frozen, its own."""
-        return list(self._copies(parts))
+        copies = list(self._copies(parts))
+        for device in {part.x.device for part in parts if part.x.is_cuda}:
+            torch.cuda.current_stream(device).synchronize()  # the host has not waited for any yet
+        return copies
 
     def _copies(self, parts: Sequence[Part]) -> Iterator[Part]:
         for part in parts:
@@ -131,4 +140,4 @@ class Buffers:
             if held is None or held.dtype != part.x.dtype:
                 held = torch.empty(part.x.shape, dtype=part.x.dtype, pin_memory=part.x.is_cuda)
                 self._memory[part.name] = held
-            yield part._replace(x=held.copy_(part.x))
+            yield part._replace(x=held.copy_(part.x, non_blocking=part.x.is_cuda))

@@ -24,7 +24,7 @@ class Written(NamedTuple):
 
 
 def write_payloads(
-    folder: Path, parts: Sequence[Part], rank: int, block: int, earlier: Path | None, disk: Disk
+    folder: Path, parts: Sequence[Part], rank: int, *, block: int, earlier: Path | None, disk: Disk
 ) -> Written:
     """Write this rank's parts, the frozen ones to a file of their own: those do not change.
 
@@ -35,7 +35,10 @@ def write_payloads(
     for stem, frozen in (("frozen", True), ("rank", False)):
         mine = [part for part in parts if part.frozen == frozen and part.lo < part.hi]
         if mine:
-            _write(folder, f"{stem}-{rank:05}", mine, block, earlier, disk, written)
+            name = f"{stem}-{rank:05}"
+            its = _write(folder, name, mine, block=block, earlier=earlier, disk=disk)
+            written.payloads.update(its.payloads)
+            written.pieces.extend(its.pieces)
     disk.sync_directory(folder)
     return written
 
@@ -44,11 +47,11 @@ def _write(
     folder: Path,
     stem: str,
     parts: Sequence[Part],
+    *,
     block: int,
     earlier: Path | None,
     disk: Disk,
-    written: Written,
-) -> None:
+) -> Written:
     by_name = {part.name: part for part in parts}
     header, places, size = make_header(folder, {name: p.x for name, p in by_name.items()})
     xs = [by_name[place.name].x for place in places]
@@ -59,10 +62,11 @@ def _write(
             write_all(temporary, [memoryview(header), *map(memory_of, xs)], disk)
         name = _name(stem, header, sealing)
     disk.rename(temporary, folder / name)
-    written.payloads[name] = Payload(size, len(header), digest(header))
+    pieces: list[tuple[int, str, Piece]] = []
     for place, digests in zip(places, sealing.result(), strict=True):
         part = by_name[place.name]
-        written.pieces.append((part.leaf, part.role, Piece(part.lo, part.hi, name, digests)))
+        pieces.append((part.leaf, part.role, Piece(part.lo, part.hi, name, digests)))
+    return Written({name: Payload(size, len(header), digest(header))}, pieces)
 
 
 def _name(stem: str, header: bytes, sealing: Future[list[tuple[str, ...]]]) -> str:

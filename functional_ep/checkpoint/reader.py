@@ -15,7 +15,7 @@ from functional_ep.checkpoint.disk import Disk, read_all
 from functional_ep.checkpoint.manifest import PARAMS, Entry, Manifest, Piece, tensor_name
 from functional_ep.safetensors_file import NAMES, memory_of, parse_header
 from functional_ep.safetensors_file import Stored as InFile
-from functional_ep.sealed import digest
+from functional_ep.sealed import Damaged, digest
 from sharding.tree import show
 
 AGAIN = "Restore another checkpoint"
@@ -39,10 +39,10 @@ class Wanted(NamedTuple):
 class Reader:
     """Reads blocks: what is wanted of a block costs reading all of it, and memory for one.
 
-    Several threads may read at a time.
+    Several threads may read at a time. Whatever is not as the manifest says raises ``Damaged``.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, verify: bool, disk: Disk) -> None:
+    def __init__(self, path: Path, manifest: Manifest, disk: Disk, *, verify: bool) -> None:
         self.path, self.manifest, self.verify, self.disk = path, manifest, verify, disk
         self.headers: dict[str, dict[str, InFile]] = {}
         self.memory = threading.local()
@@ -97,9 +97,9 @@ class Reader:
         else:
             seal, found = piece.digests[number], sum(map(len, slices))
         if found < len(memory):
-            raise ValueError(f"{self._names(wanted, piece)} ends too early. {AGAIN}")
+            raise Damaged(f"{self._names(wanted, piece)} ends too early. {AGAIN}")
         if seal != piece.digests[number]:
-            raise ValueError(
+            raise Damaged(
                 f"{self._names(wanted, piece)} is damaged: the digest of bytes {at} to "
                 f"{at + len(memory)} is not that of the manifest. {AGAIN}"
             )
@@ -115,16 +115,16 @@ class Reader:
         place = self.headers[piece.file].get(name)
         kind = NAMES[wanted.dtype]
         if place is None or (place.kind, place.shape) != (kind, (piece.hi - piece.lo,)):
-            raise ValueError(f"{self.path / piece.file} has no {name} as in the manifest. {AGAIN}")
+            raise Damaged(f"{self.path / piece.file} has no {name} as in the manifest. {AGAIN}")
         return place
 
     def _header(self, wanted: Wanted, file: str) -> dict[str, InFile]:
         path, payload = self.path / file, self.manifest.payloads[file]
         size = self.disk.size(path)
         if size is None:
-            raise FileNotFoundError(f"{path} is missing, {wanted} is in it. {AGAIN}")
+            raise Damaged(f"{path} is missing, {wanted} is in it. {AGAIN}")
         if size != payload.size:
-            raise ValueError(
+            raise Damaged(
                 f"{path} has {size} bytes and should have {payload.size}: it is truncated, or of "
                 f"another run; {wanted} is in it. {AGAIN}"
             )
@@ -132,18 +132,23 @@ class Reader:
         seal, _ = digest_of_all(self.disk.read(path, 0, memoryview(head)))
         announced = 8 + int.from_bytes(head[:8], "little")
         if announced != len(head) or (self.verify and seal != payload.digest):
-            raise ValueError(
+            raise Damaged(
                 f"{path} has another header than the manifest says: it is damaged, or of another "
                 f"run; {wanted} is in it. {AGAIN}"
             )
-        return parse_header(path, bytes(head[8:]), size)
+        try:
+            return parse_header(path, bytes(head[8:]), size)
+        except ValueError:  # nobody has looked at its digest
+            raise Damaged(
+                f"{path} has a header that cannot be read; {wanted} is in it. {AGAIN}"
+            ) from None
 
     def attached(self, name: str) -> bytes:
         """The bytes of a file of the user's."""
         file = self.manifest.files[name]
         content = read_all(self.path / file.stored, self.disk)
         if content is None:
-            raise FileNotFoundError(f"{self.path / file.stored}, {name}, is missing. {AGAIN}")
+            raise Damaged(f"{self.path / file.stored}, {name}, is missing. {AGAIN}")
         if len(content) != file.size or (self.verify and digest(content) != file.digest):
-            raise ValueError(f"{self.path / file.stored}, {name}, is damaged. {AGAIN}")
+            raise Damaged(f"{self.path / file.stored}, {name}, is damaged. {AGAIN}")
         return content

@@ -108,7 +108,7 @@ def _open(path: Path, plan: Plan, comm: Comm, verify: bool, disk: Disk) -> Reade
     manifest = together(lambda: read_manifest(path, disk), comm)
     text = f"step {manifest.step}\nmanifest {digest(to_bytes(manifest))}"
     check_agreement(text, "checkpoint", comm)
-    return Reader(path, manifest, verify, disk)
+    return Reader(path, manifest, disk, verify=verify)
 
 
 def _state(reader: Reader, plan: Plan, comm: Comm, cast: bool) -> State:

@@ -81,7 +81,8 @@ def save(
     ...     simulate(program, plan.mesh, [path] * 2)
     [{'w': tensor([0., 1.])}, {'w': tensor([2., 0.])}]
     """
-    saving = Saving(Path(path), state, plan, comm, Extras(metadata, files or {}), on_cpu, disk)
+    extras = Extras(metadata, files or {})
+    saving = Saving(Path(path), state, plan, comm, extras=extras, copies=on_cpu, disk=disk)
     saving.write()
     saving.commit()
 
@@ -106,6 +107,7 @@ class Saving:
         state: State,
         plan: Plan,
         comm: Comm,
+        *,
         extras: Extras,
         copies: Callable[[list[Part]], list[Part]],
         disk: Disk,
@@ -141,8 +143,14 @@ class Saving:
         """This rank's files. ``earlier``: a checkpoint that may have some of them already."""
         try:
             self.record["files"] = write_attached(self.path, self.files, earlier, self.disk)
-            rank, block = self.comm.rank, self.block
-            written = write_payloads(self.path, self.parts, rank, block, earlier, self.disk)
+            written = write_payloads(
+                self.path,
+                self.parts,
+                self.comm.rank,
+                block=self.block,
+                earlier=earlier,
+                disk=self.disk,
+            )
             self.record |= written._asdict()
         except Exception as error:
             self.error = error

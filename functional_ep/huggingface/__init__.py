@@ -30,7 +30,8 @@ def from_huggingface(source: Any, dtype: torch.dtype | None = None, adapter: Any
             hub layout (weights are read by ``load``, not here); or a config.
         dtype: of the parameters; by default that of a model, and float32 for a directory or a
             config, whatever its files hold: masters are trained in it and written in it.
-        adapter: a ``LoraConfig`` of peft, for a fresh adapter beside the weights of the source.
+        adapter: a ``LoraConfig`` of peft, for a fresh adapter beside the weights of the source: in
+            float32 where those are narrower, as peft keeps it, else in their dtype.
 
     Raises:
         ImportError: transformers is absent or too old.
@@ -53,12 +54,12 @@ def from_huggingface(source: Any, dtype: torch.dtype | None = None, adapter: Any
     """
     _require_transformers()
     from functional_ep.huggingface.model import (
-        convert,  # transformers is imported when it is needed, and not before
+        model_of,  # transformers is imported when it is needed, and not before
     )
 
     if isinstance(source, Path):
         source = str(source)
-    return convert(source, dtype, adapter)
+    return model_of(source, dtype, adapter)
 
 
 def to_huggingface(
@@ -89,12 +90,12 @@ def to_huggingface(
         model: from :func:`from_huggingface`. Tokenizer and generation files are copied from a
             source that is a directory.
         max_shard_size: bytes of a file, or text such as ``"5GB"``; larger ones are split.
-        dtype: that parameters are written in; by default the one that they are held in.
+        dtype: that parameters are written in; by default, each in the one that it is held in.
 
     Raises:
         FileExistsError: ``path`` exists and is no empty directory.
         ValueError: shards or leaves that are not the plan's or the model's.
-        OSError: what cannot be written; other ranks raise a RuntimeError that says so.
+        OSError: what cannot be written. All ranks raise alike.
 
     >>> import tempfile
     >>> from transformers import OlmoeConfig, OlmoeForCausalLM

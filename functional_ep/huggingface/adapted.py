@@ -23,6 +23,8 @@ ELSEWHERE = "Attach others to a model with get_peft_model, and pass that model t
 def with_adapter(skeleton: Any, config: Any) -> Any:
     """A copy of the skeleton with peft's adapter of this config, on the meta device as well.
 
+    An adapter has the dtype of the weights that it is beside, and at least float32.
+
     Raises:
         ImportError: peft is absent.
         TypeError: another config than a ``LoraConfig``.
@@ -31,6 +33,7 @@ def with_adapter(skeleton: Any, config: Any) -> Any:
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.lora import LoraLayer
     except ImportError:
         raise ImportError("an adapter needs peft: pip install 'functional-ep[lora]'") from None
     if not isinstance(config, LoraConfig):
@@ -46,6 +49,11 @@ def with_adapter(skeleton: Any, config: Any) -> Any:
     for name, _ in adapted.named_parameters():
         if _before(name) not in base and not KNOWN.search(name):
             raise ValueError(f"{name}: only lora_A and lora_B can begin here. {ELSEWHERE}")
+    for layer in adapted.modules():
+        if isinstance(layer, LoraLayer):
+            beside = next(layer.get_base_layer().parameters()).dtype
+            for added in (layer.lora_A, layer.lora_B):
+                added.to(torch.promote_types(beside, torch.float32))  # as get_peft_model does
     return adapted
 
 

@@ -44,8 +44,8 @@ def write(
     adapter = adapter_of(model.skeleton)
     _refuse_trained_base(plan, adapter)
     leaves = leaves_of(module, plan, model, whole)
-    dtype = dtype or held[next(iter(module.first_name))].dtype
     tensors, files = _files(module, model, adapter, leaves, max_shard_size, dtype)
+    first = held[next(iter(module.first_name))]  # which has what transformers calls a model's dtype
     growing = path.parent / f".{path.name}.incomplete"
 
     def prepare() -> None:
@@ -53,7 +53,7 @@ def write(
         growing.mkdir(parents=True)
         write_headers(growing, files, module)
         if adapter is None:
-            write_companions(growing, module.skeleton, dtype, model.source)
+            write_companions(growing, module.skeleton, dtype or first.dtype, model.source)
         else:
             module.skeleton.peft_config[adapter].save_pretrained(growing)
 
@@ -87,14 +87,15 @@ def _files(
     adapter: str | None,
     leaves: dict[str, Lazy],
     size: int | str,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
 ) -> tuple[dict[str, Lazy], Files]:
     """What is written, and the files that it is in."""
     if adapter is None:
         tensors, stem = to_hub(module, leaves, _used(module, model.source)), "model"
     else:
         tensors, stem, size = adapter_tensors(adapter, leaves), "adapter_model", sys.maxsize
-    tensors = {name: cast(x, dtype) for name, x in tensors.items()}
+    if dtype is not None:
+        tensors = {name: cast(x, dtype) for name, x in tensors.items()}
     return tensors, Files.split(tensors, size, stem)
 
 

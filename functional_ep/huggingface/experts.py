@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import use_experts_implementation
 
-from functional_ep.grouped import grouped_mm
+from functional_ep.grouped import Counts, grouped_mm
 from functional_ep.moe import Dispatched, bring_back, combine, dispatch
 from functional_ep.swiglu import swiglu_mm
 from sharding.closed import is_mapped
 from sharding.comm import Comm
 from sharding.mesh import Axes
 
-Local = Callable[[Tensor, tuple[int, ...]], Tensor]  # rows sorted by local expert, and their counts
+Local = Callable[[Tensor, Counts], Tensor]  # rows sorted by local expert, and their counts
 SILU = (nn.SiLU, SiLUActivation)
 INTERFACE = ("hidden_states", "top_k_index", "top_k_weights")
 
@@ -187,8 +187,8 @@ def own_forward(module: Any, place: Place, apart: Sequence[str] = ()) -> Callabl
     own = type(module).forward
     module.num_experts = place.local
 
-    def local(rows_RD: Tensor, counts_e: tuple[int, ...]) -> Tensor:
-        numbers = torch.tensor(counts_e, device=rows_RD.device)
+    def local(rows_RD: Tensor, counts_e: Counts) -> Tensor:
+        numbers = counts_e.on(rows_RD.device)
         ids = torch.arange(place.local, device=rows_RD.device)
         ids_R1 = torch.repeat_interleave(ids, numbers, output_size=len(rows_RD))[:, None]
         with _unbound(module, apart):

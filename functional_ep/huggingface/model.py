@@ -167,7 +167,7 @@ class Model:
         plan.check_whole(lambda name: labels[name] == "expert")
 
 
-def convert(source: Any, dtype: torch.dtype | None = None, adapter: Any = None) -> Model:
+def model_of(source: Any, dtype: torch.dtype | None = None, adapter: Any = None) -> Model:
     """See :func:`functional_ep.from_huggingface`."""
     if hasattr(source, "get_base_model"):  # of peft, whose adapters are modules of the model
         source = source.get_base_model()

@@ -58,7 +58,7 @@ def load_balance(
     ids = probs.detach().topk(top_k, dim=-1).indices
     probs = wide(probs)
     if mask is None:
-        rows = torch.tensor(probs.shape[0] * probs.shape[1], device=probs.device)
+        rows = torch.full((), probs.shape[0] * probs.shape[1], device=probs.device)
         return count_experts(ids, experts), probs.sum((0, 1)), rows
     valid = mask.reshape(-1).bool()
     counted = torch.where(valid[:, None], ids, experts)
@@ -119,7 +119,8 @@ class Objective:
             )
         nll = cross_entropy(logits.flatten(0, -2), labels.flatten())
         count = (labels != IGNORE).sum()
-        tokens = torch.tensor(labels.numel(), device=labels.device) if mask is None else mask.sum()
+        everything = torch.full((), labels.numel(), device=labels.device)
+        tokens = everything if mask is None else mask.sum()
         aux = {"nll": nll.detach(), "tokens": tokens}
         aux |= self._tokens_per_expert(mask)
         total = nll
@@ -158,15 +159,11 @@ class Objective:
         width = max(widths)
         valid = None if mask is None else mask.reshape(-1).bool()
         rows: list[Tensor] = []
-        for ids in chosen.values():
+        for layer, ids in enumerate(chosen.values()):
             if valid is not None and len(valid) == len(ids):
                 ids = torch.where(valid[:, None], ids, width)
-            rows.append(ids.reshape(-1))
-        # Of all layers at once: choices of layer l are counted as l (E + 1) further on.
-        places = torch.arange(len(rows), device=rows[0].device) * (width + 1)
-        sizes = torch.tensor([len(ids) for ids in rows], device=rows[0].device)
-        shifts = places.repeat_interleave(sizes, output_size=sum(map(len, rows)))
-        counts = count_experts(torch.cat(rows) + shifts, len(rows) * (width + 1))
+            rows.append(ids.reshape(-1) + layer * (width + 1))  # all layers are counted at once
+        counts = count_experts(torch.cat(rows), len(rows) * (width + 1))
         return {"tokens_per_expert": counts.view(len(rows), width + 1)[:, :-1]}
 
 
