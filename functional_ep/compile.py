@@ -22,8 +22,9 @@ def compiled(f: Callable[P, R]) -> Callable[P, R]:
 
     Transforms of ``torch.func`` and dual tensors cannot see into compiled code: for them it is f
     itself, so that compositions work as before. Random numbers are those of f. The first call
-    takes seconds and, on CPU, needs a C++ compiler; another shape is compiled once more, then for
-    any size.
+    takes seconds and, on CPU, needs a C++ compiler; another size is compiled once more, then for
+    any of them but 0 and 1. What is compiled eight times (``torch._dynamo.config.recompile_limit``)
+    runs as f from then on.
 
     A torch that is built for CUDA, on a machine without a GPU, ends in a segmentation fault (seen
     in 2.11.0) where threads compile, as those of ``simulate`` do, after the first of them that did

@@ -27,6 +27,7 @@ from .vote import Vote
 
 Batch = dict[str, Tensor]
 Sizes = tuple[tuple[int, int], ...]  # sequences and positions of each rank
+EPS = 1e-6  # of AdamW, which divides by it what rounding leaves of a gradient that is zero
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Chosen:
     def make(self) -> Optimizer:
         """The optimizer."""
         if self.name == "adamw":
-            return adamw(self.rate(), weight_decay=self.weight_decay)
+            return adamw(self.rate(), eps=EPS, weight_decay=self.weight_decay)
         momentum = 0.0 if self.name == "sgd" else 0.9
         return sgd(self.rate(), momentum, self.name == "nesterov", self.weight_decay)
 

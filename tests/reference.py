@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from functional_ep.testing import Batch, Chosen, Training
+from functional_ep.testing import EPS, Batch, Chosen, Training
 
 
 class Step(NamedTuple):
@@ -159,7 +159,7 @@ def rate(chosen: Chosen, step: int) -> float:
 def optimizer(chosen: Chosen, params: list[Tensor]) -> torch.optim.Optimizer:
     decay = chosen.weight_decay
     if chosen.name == "adamw":
-        return torch.optim.AdamW(params, lr=0.0, betas=(0.9, 0.95), eps=1e-8, weight_decay=decay)
+        return torch.optim.AdamW(params, lr=0.0, betas=(0.9, 0.95), eps=EPS, weight_decay=decay)
     momentum = 0.0 if chosen.name == "sgd" else 0.9
     nesterov = chosen.name == "nesterov"
     return torch.optim.SGD(params, 0.0, momentum, weight_decay=decay, nesterov=nesterov)
