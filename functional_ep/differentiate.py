@@ -69,7 +69,7 @@ def _sums(
 ) -> Sums:
     """By plain autograd where no transform is active: it costs less Python, and the same bits."""
 
-    trained = [i for i, w in enumerate(plan.layouts) if not w.frozen]
+    trained = plan.trained_positions
 
     def total_and_rest(*leaves: Tensor) -> tuple[Tensor, tuple[Tensor, Aux]]:
         every = list(shards)

@@ -39,7 +39,7 @@ class Poll:
     def __init__(self, plan: Plan, comm: Comm, vote: Vote) -> None:
         mesh = plan.mesh
         self.plan, self.comm, self.vote = plan, comm, vote
-        self.trained = [i for i, layout in enumerate(plan.layouts) if not layout.frozen]
+        self.trained = plan.trained_positions
         copies = plan.copies(comm)
         self.copies = [copies[i] for i in self.trained]
         self.copied: dict[Axes, list[int]] = {}

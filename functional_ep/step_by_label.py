@@ -35,7 +35,7 @@ class StepByLabel:
         self.plan, self.comm, self.clip, self.donate = plan, comm, clip, donate
         self.optimizers = by_label(optimizers, plan)
         self.single = isinstance(optimizers, Optimizer)
-        self.trained = [i for i, w in enumerate(plan.layouts) if not w.frozen]
+        self.trained = plan.trained_positions
         copies = plan.copies(comm)
         self.copies = [copies[i] for i in self.trained]
         labels = [leaf.label for leaf in plan.leaves]

@@ -19,7 +19,7 @@ from torch import Tensor
 from .collectives import Linear, apply
 from .comm import Comm, Op, Then, Work
 from .mesh import Axes, Mesh
-from .rule import Rule, Shape, shard_size, view_shape
+from .rule import Rule, Shape, interval, shard_size, view_shape
 
 Key = TypeVar("Key")
 
@@ -57,6 +57,10 @@ class Layout:
     @cached_property
     def shard_size(self) -> int:
         return shard_size(self.rule, self.mesh, self.shape)
+
+    def interval(self, rank: int) -> tuple[int, int]:
+        """Of the ravelled leaf, what a rank's shard is."""
+        return interval(self.rule, self.mesh, rank, self.shape)
 
     @cached_property
     def padding(self) -> int:

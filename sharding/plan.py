@@ -87,6 +87,11 @@ class Plan:
         """The labels in use that are not frozen: those that have an optimizer."""
         return tuple(label for label in self.labels if label not in self.frozen)
 
+    @cached_property
+    def trained_positions(self) -> tuple[int, ...]:
+        """Which of the leaves have a gradient: those that are not frozen, in their order."""
+        return tuple(i for i, layout in enumerate(self.layouts) if not layout.frozen)
+
     def at(self, tree: Any) -> Plan:
         """The plan of a tree whose leaves are leaves of this one, in any arrangement.
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from .comm import Comm, Op
 from .gather import Layout
 from .plan import Plan
-from .rule import interval
 from .tree import show
 
 Interval = tuple[int, int]
@@ -75,7 +74,7 @@ class _Places:
     """Where a leaf's intervals are: what each rank has, and all that have the same."""
 
     def __init__(self, layout: Layout) -> None:
-        self.intervals = [interval(layout.rule, layout.mesh, r, layout.shape) for r in layout.mesh]
+        self.intervals = [layout.interval(rank) for rank in layout.mesh]
         self.holders: dict[Interval, list[int]] = {}
         for rank, each in enumerate(self.intervals):
             self.holders.setdefault(each, []).append(rank)

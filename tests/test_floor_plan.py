@@ -39,7 +39,7 @@ sharding.leaf               <- mesh rule tree
 sharding.arguments          <- gather mesh rule tree
 sharding.plan               <- arguments collectives comm footprint gather leaf mesh rule
                                tree
-sharding.reshard            <- comm gather plan rule tree
+sharding.reshard            <- comm gather plan tree
 sharding.captured           <-
 sharding.closed             <- captured node streams
 sharding.fetched            <- comm gather node plain

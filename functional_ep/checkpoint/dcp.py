@@ -35,7 +35,7 @@ from functional_ep.checkpoint.parts import Part, on_cpu, parts_of
 from functional_ep.optim import Moments
 from functional_ep.safetensors_file import NAMES
 from functional_ep.state import State, moments_in_common
-from sharding import Comm, Plan, interval
+from sharding import Comm, Plan
 from sharding.gather import Layout
 from sharding.leaf import Leaf
 
@@ -192,7 +192,7 @@ def from_dcp(
         boxed = Boxed(Path(path), read_metadata(Path(path) / METADATA))
 
         def shard(role: str, leaf: Leaf, layout: Layout) -> Tensor:
-            lo, hi = interval(layout.rule, layout.mesh, comm.rank, layout.shape)
+            lo, hi = layout.interval(comm.rank)
             dtype = _dtype(boxed, role, leaf, name_of, cast)
             x = torch.zeros(layout.shard_size, dtype=dtype)
             boxed.fill(Wanted(role, leaf, name_of(role, leaf.path)), lo, x[: hi - lo])

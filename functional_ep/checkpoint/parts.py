@@ -11,7 +11,7 @@ from torch import Tensor
 from functional_ep.checkpoint.manifest import PARAMS, tensor_name
 from functional_ep.safetensors_file import NAMES
 from functional_ep.state import State
-from sharding import Comm, Plan, interval
+from sharding import Comm, Plan
 from sharding.gather import Layout
 from sharding.tree import show
 
@@ -50,7 +50,7 @@ def parts_of(state: State, plan: Plan, comm: Comm) -> list[Part]:
     for i, (leaf, layout, shard) in enumerate(zip(plan.leaves, plan.layouts, shards, strict=True)):
         for role, x in ({PARAMS: shard} | moments[leaf.path]).items():
             _refuse_unfit(role, leaf.path, layout, x)
-            first, _ = interval(layout.rule, layout.mesh, comm.rank, layout.shape)
+            first, _ = layout.interval(comm.rank)
             lo, hi = share(layout, comm.rank, x.dtype.itemsize, i)
             flat = x.detach()[lo - first : hi - first]
             parts.append(Part(i, role, leaf.path, layout.frozen, lo, hi, flat))
@@ -103,7 +103,7 @@ def share(layout: Layout, rank: int, itemsize: int, turn: int) -> tuple[int, int
     >>> [share(layout, rank, 4, turn=0) for rank in range(2)]
     [(0, 32768), (32768, 65536)]
     """
-    lo, hi = interval(layout.rule, layout.mesh, rank, layout.shape)
+    lo, hi = layout.interval(rank)
     copies = layout.rule.copies(layout.mesh)
     holders = layout.mesh.count(copies)
     writers = max(1, min(holders, (hi - lo) * itemsize // SHARE))

@@ -19,7 +19,7 @@ from functional_ep.checkpoint.reader import Reader, Wanted
 from functional_ep.optim import Moments
 from functional_ep.sealed import digest
 from functional_ep.state import State, moments_in_common
-from sharding import Comm, Plan, interval
+from sharding import Comm, Plan
 from sharding.gather import Layout
 from sharding.leaf import Leaf
 
@@ -160,7 +160,7 @@ def _read_all(
 def _read(reader: Reader, wanted: Wanted, layout: Layout, comm: Comm) -> Tensor:
     """This rank's shard of a tensor; a moment that is like its parameter is cast like it."""
     like = wanted.dtype == wanted.entry.tensors[PARAMS].dtype
-    lo, hi = interval(layout.rule, layout.mesh, comm.rank, layout.shape)
+    lo, hi = layout.interval(comm.rank)
     dtype = layout.dtype if like else wanted.dtype
     shard = torch.empty(layout.shard_size, dtype=dtype, device=comm.device)
     reader.fill(wanted, lo, shard[: hi - lo])

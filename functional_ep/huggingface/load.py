@@ -12,7 +12,7 @@ from functional_ep.huggingface.convert import Target, assemble
 from functional_ep.huggingface.lazy import read
 from functional_ep.huggingface.names import Module
 from functional_ep.huggingface.source import Source, open_source
-from sharding import Comm, Plan, interval
+from sharding import Comm, Plan
 
 
 def load(skeleton: Any, source: Source, plan: Plan, comm: Comm) -> dict[str, Tensor]:
@@ -65,7 +65,7 @@ def load(skeleton: Any, source: Source, plan: Plan, comm: Comm) -> dict[str, Ten
         (name, target), *others = by_leaf[leaf.path].items()
         if tuple(target.value.shape) != leaf.shape:
             raise ValueError(f"{leaf} expected, found {tuple(target.value.shape)} for it: {target}")
-        lo, hi = interval(layout.rule, plan.mesh, comm.rank, leaf.shape)
+        lo, hi = layout.interval(comm.rank)
         shard = _shard(target, lo, hi, layout.shard_size, leaf.dtype, comm.device)
         for other, tied in others:
             if not _equal(tied, lo, hi, shard):
