@@ -207,11 +207,14 @@ def _adamw_formula(
     ms: Leaves = []
     vs: Leaves = []
     for p, g, m, v in zip(params, grads, moments["m"], moments["v"], strict=True):
-        ms.append(m + (1 - b1) * (g - m))
-        vs.append(b2 * v + (1 - b2) * g * g)
-        root = _root(vs[-1] / correct2.to(p.dtype)) + eps
-        decayed = p * (1 - rate * decay).to(p.dtype)
-        ps.append(decayed - (rate / correct1).to(p.dtype) * ms[-1] / root)
+        x = wide(p)
+        first = wide(m) + (1 - b1) * (g - wide(m))
+        second = b2 * wide(v) + (1 - b2) * g * g
+        root = _root(second / correct2.to(x.dtype)) + eps
+        decayed = x * (1 - rate * decay).to(x.dtype)
+        new = decayed - (rate / correct1).to(x.dtype) * first / root
+        for leaves, old, value in (ps, p, new), (ms, m, first), (vs, v, second):
+            leaves.append(value.to(old.dtype))
     return ps, {"m": ms, "v": vs}
 
 

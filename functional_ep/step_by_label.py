@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sharding import Comm, Plan
 from sharding.collectives import pvary
-from sharding.tree import flatten, unflatten
+from sharding.tree import flatten, path_strings, show, unflatten
 
 from .optim import Leaves, Optimizer, by_label
 from .state import State
@@ -63,6 +63,8 @@ class StepByLabel:
                 f"the state has the moments {found}, and these optimizers have {self.moments}: "
                 "give those that it was begun with, or start with init_state(state.params, ...)"
             )
+        if self.donate:
+            _refuse_shared(state, {i for i, w in enumerate(self.plan.layouts) if w.frozen})
 
     def __call__(
         self, state: State, shards: Leaves, grads: Leaves, per_token: Tensor, norm: Tensor
@@ -86,7 +88,8 @@ class StepByLabel:
                 self.donate,
                 self._varying(factor, label),
             )
-            params, moments = _checked(updated, label, len(paths), self.moments[label])
+            given = {"params": [shards[i] for i in positions], **before}
+            params, moments = _checked(updated, label, given)
             for i, p in zip(positions, params, strict=True):
                 new[i] = p
             opt[label] = {
@@ -136,11 +139,32 @@ class StepByLabel:
         return {"lr": rates.popitem()[1]} if self.single and rates else rates
 
 
+def _refuse_shared(state: State, frozen: set[int]) -> None:
+    """Refuse to write into memory that two leaves have: the new value of one would be the other's.
+
+    Frozen parameters, of these numbers, are not written to and may share theirs.
+    """
+    leaves, _ = flatten(state)
+    others = 1  # the step, before them
+    held = [(str(x.device), x.data_ptr(), i) for i, x in enumerate(leaves) if x.data_ptr()]
+    place, end, last = "", 0, 0
+    for device, start, i in sorted(held):
+        if device == place and start < end and not {i - others, last - others} <= frozen:
+            one, other = (show(path_strings(state)[j], "state") for j in (last, i))
+            raise ValueError(
+                f"{one} and {other} share memory, into which donate=True would write: begin the "
+                "state with a clone of one of them"
+            )
+        if device != place or start + leaves[i].nbytes > end:
+            place, end, last = device, start + leaves[i].nbytes, i
+
+
 def _checked(
-    updated: Any, label: str, count: int, names: Sequence[str]
+    updated: Any, label: str, given: Mapping[str, Leaves]
 ) -> tuple[Leaves, dict[str, Leaves]]:
     """What an optimizer's update has returned, or an error that says what it should have been."""
-    name = f"optimizers[{label!r}].update"
+    name, count = f"optimizers[{label!r}].update", len(given["params"])
+    names = sorted(given.keys() - {"params"})
     right = f"an update returns (params, moments), for {count} leaves and the moments {names}"
     if not (isinstance(updated, tuple) and len(updated) == 2 and isinstance(updated[1], Mapping)):
         found = (
@@ -148,9 +172,15 @@ def _checked(
         )
         raise TypeError(f"{name} returned {found}: {right}")
     params, moments = updated
-    if sorted(moments) != list(names):
+    if sorted(moments) != names:
         raise ValueError(f"{name} returned the moments {sorted(moments)}: {right}")
     for what, leaves in {"params": params, **moments}.items():
         if len(leaves) != count:
             raise ValueError(f"{name} returned {len(leaves)} leaves as {what!r}: {right}")
+        for old, new in zip(given[what], leaves, strict=True):
+            if (new.dtype, new.shape) != (old.dtype, old.shape):
+                raise ValueError(
+                    f"{name} returned {new.dtype} {tuple(new.shape)} among {what!r}, for "
+                    f"{old.dtype} {tuple(old.shape)}"
+                )
     return params, moments

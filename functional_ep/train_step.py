@@ -100,7 +100,7 @@ def make_train_step(
         update.check(state)
         comm.at(state.step)
         order = Order(comm.mesh) if poll else None
-        with comm.heard_by(order) if order else nullcontext():
+        with comm.letting_go(), comm.heard_by(order) if order else nullcontext():
             check_agreement(structure_of(batches), "batch", comm)
             shards = plan.check_shards(state.params, comm)
             grads, mine, count, aux = accumulate(loss, plan, shards, batches, update.factored)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from types import CodeType, FunctionType, MethodType
@@ -52,7 +53,7 @@ def _captured(f: Any, seen: dict[int, Any]) -> Named:
     elif isinstance(f, partial):
         yield from _captured([f.func, f.args, f.keywords], seen)
     elif isinstance(f, torch.nn.Module):
-        yield from f.named_parameters()
+        yield from _by_name(vars(f).items(), seen)
     elif isinstance(f, MethodType):
         yield from _captured([f.__func__, getattr(f.__self__, "__dict__", {})], seen)
     elif isinstance(f, list | tuple):
@@ -78,17 +79,24 @@ def _free_variables(f: FunctionType) -> Iterator[tuple[str, Any]]:
             yield name, cell.cell_contents
         except ValueError:  # not assigned yet
             continue
-    for name in _global_names(f.__code__):
-        if isinstance(f.__globals__.get(name), Captured):
-            yield name, f.__globals__[name]
+    for code in _codes(f.__code__):
+        for name in code.co_names:
+            if isinstance(f.__globals__.get(name), Captured) and name in _globals_of(code):
+                yield name, f.__globals__[name]
     positional = f.__code__.co_varnames[: f.__code__.co_argcount]
     yield from zip(reversed(positional), reversed(f.__defaults__ or ()), strict=False)
     yield from (f.__kwdefaults__ or {}).items()
 
 
-def _global_names(code: CodeType) -> Iterator[str]:
-    """Of globals and attributes, also in functions that are defined inside."""
-    yield from code.co_names
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """A function's, and those of functions that are defined inside."""
+    yield code
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
-            yield from _global_names(inner)
+            yield from _codes(inner)
+
+
+def _globals_of(code: CodeType) -> set[str]:
+    """The names that are read as globals; others of ``co_names`` are attributes."""
+    read = dis.get_instructions(code)
+    return {each.argval for each in read if each.opname in ("LOAD_GLOBAL", "LOAD_NAME")}

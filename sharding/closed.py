@@ -141,12 +141,12 @@ class _Closed(Node):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         xs = [_functorch.unwrap_if_dead(x) for x in ctx.saved_tensors]
         live = [grads[i] for i in ctx.floating]
-        f, n, wanted = ctx.f, len(xs), _floating(xs)
+        f, n = ctx.f, len(xs)
+        wanted = [i for i in _floating(xs) if ctx.needs_input_grad[2 + i]]
         if torch._C._are_functorch_transforms_active() or torch.is_grad_enabled():
-            again = closed(lambda *args: pull_back(f, args[:n], args[n:]), ctx.lanes)
+            again = closed(lambda *args: pull_back(f, args[:n], args[n:], wanted), ctx.lanes)
             found = again(*xs, *live)
         else:
-            wanted = [i for i in wanted if ctx.needs_input_grad[2 + i]]
             accepts = [accepted(node) for node, _ in ctx.next_functions]
             found = pull_back(f, xs, live, wanted, accepts)
         result: list[Tensor | None] = [None] * n

@@ -127,6 +127,17 @@ class Comm(ABC):
         finally:
             self.listeners.remove(listener)
 
+    @contextmanager
+    def letting_go(self) -> Iterator[None]:
+        """What an error inside of it leaves in flight is awaited by nobody, and let go."""
+        before = set(self.in_flight)
+        try:
+            yield
+        except BaseException:
+            for ticket in self.in_flight.keys() - before:
+                del self.in_flight[ticket]
+            raise
+
     def on(self, mesh: Mesh) -> Comm:
         """The same ranks, arranged along the axes of another mesh.
 

@@ -121,11 +121,12 @@ class Fetched:
 
     def _note(self, saved: Tensor) -> Tensor | _Note:
         x = plain(saved)
+        kept = saved.detach()  # itself, it would hold the graph that holds it
         if x.layout is not torch.strided:
-            return saved
+            return kept
         place = self.places.get(x.untyped_storage().data_ptr())
         if place is None or x.dtype != self.gather.layouts[place[0]].compute_dtype:
-            return saved
+            return kept
         self.noted = True
         view, start = place
         offset = int(x.storage_offset() - start)

@@ -135,7 +135,7 @@ def interval(rule: Rule, mesh: Mesh, rank: int, shape: Shape) -> tuple[int, int]
 def partition(rule: Rule, mesh: Mesh, rank: int, x: Tensor) -> Tensor:
     """``pad(ravel(x)[lo:hi])``: global leaf to shard ``(shard_size,)``, a tensor of its own.
 
-    Differentiable under transforms; a leaf of autograd's, as parameters are, is the start of one.
+    Differentiable; but of a leaf of autograd's, as parameters are, the shard is a leaf of its own.
 
     >>> partition(zero3("edp"), Mesh(edp=2), 1, torch.arange(3))
     tensor([2, 0])
@@ -143,7 +143,8 @@ def partition(rule: Rule, mesh: Mesh, rank: int, x: Tensor) -> Tensor:
     lo, hi = interval(rule, mesh, rank, tuple(x.shape))
     missing = shard_size(rule, mesh, tuple(x.shape)) - (hi - lo)
     shard = torch.nn.functional.pad(x.reshape(-1)[lo:hi], (0, missing))
-    return shard if torch._C._are_functorch_transforms_active() else shard.detach()
+    computed = x.grad_fn is not None or torch._C._are_functorch_transforms_active()
+    return shard if computed else shard.detach()
 
 
 def unpartition(rule: Rule, mesh: Mesh, shards: Sequence[Tensor], shape: Shape) -> Tensor:

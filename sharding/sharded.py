@@ -39,6 +39,8 @@ def sharded(
         ValueError: shards that do not fit the plan; under ``recompute`` a tensor that f captures
             instead of taking it as an argument, as far as it can be seen
             (:func:`sharding.captured.captured`), or a generator from outside of f.
+        RuntimeError: from torch, for a transform of ``torch.func`` inside of f, unless views are
+            kept; around what ``sharded`` returns they are in order.
 
     >>> import torch
     >>> from sharding import Mesh, make_plan, simulate, zero3

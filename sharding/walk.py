@@ -20,6 +20,13 @@ from .tree import flatten, unflatten
 Backward = Literal["keep", "regather", "recompute"]
 
 
+NO_TRANSFORM_INSIDE = (
+    "A transform of torch.func inside of a block cannot begin while autograd is told to keep notes "
+    "instead of the gathered views: use backward='keep' for this part, or put the transform "
+    "around sharded(...)"
+)
+
+
 class _Pending(NamedTuple):
     """A unit's shards, and their gathers under way (none, if nothing travels)."""
 
@@ -156,7 +163,12 @@ class Walk:
         self.previous = fetched or self.previous
         self._fetch_ahead(i + 1)
         with fetched.saving() if fetched else nullcontext():
-            return unit.compute(f, views, args)
+            try:
+                return unit.compute(f, views, args)
+            except RuntimeError as error:
+                if "saved tensor hooks" in str(error):
+                    error.add_note(NO_TRANSFORM_INSIDE)
+                raise
 
     def look(self, i: int) -> Any:
         """The view of unit i without a computation around it: it stays as long as it is used."""

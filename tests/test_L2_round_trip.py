@@ -79,6 +79,15 @@ def test_the_transpose_of_shard_is_what_the_rank_has_of_it(case: Case) -> None:
         assert torch.equal(pull(torch.full_like(shard, 2.0))[0].reshape(-1), expected)
 
 
+def test_shards_of_what_was_computed_lead_back_to_it() -> None:
+    """And those of a leaf of autograd's are leaves: they are what is trained."""
+    w = torch.ones(4, requires_grad=True)
+    shard = partition(Rule(store=("edp",)), Mesh(edp=2), 1, 3 * w)
+    shard.sum().backward()
+    assert w.grad is not None and torch.equal(w.grad, torch.tensor([0.0, 0.0, 3.0, 3.0]))
+    assert not partition(Rule(store=("edp",)), Mesh(edp=2), 1, w).requires_grad
+
+
 def pads_in_front(rule: Rule, mesh: Mesh, rank: int, x: Tensor) -> Tensor:
     return partition(rule, mesh, rank, x).flip(0)
 

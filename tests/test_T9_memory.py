@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from contextlib import suppress
 from typing import Any, get_args
 
 import pytest
@@ -166,3 +168,32 @@ def test_shards_that_change_before_they_are_gathered_again_are_refused() -> None
     for mode in ("regather", "recompute"):
         with pytest.raises(RuntimeError, match="shards were changed in place after the forward"):
             simulate(program, MESH, [mode, mode])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_forward_pass_that_is_dropped_is_freed(mode: Backward, fails: bool) -> None:
+    """Its graph is no cycle: no backward pass and no garbage collector has to come first."""
+    gc.collect()
+    gc.disable()
+    try:
+        simulate(dropped, MESH, [mode] * MESH.size, [fails] * MESH.size)
+    finally:
+        gc.enable()
+
+
+def dropped(comm: Comm, mode: Backward, fails: bool) -> None:
+    plan, held = plan_of(3, 4), list[torch.UntypedStorage]()
+
+    def block(view: Block, x: Tensor) -> Tensor:
+        y = torch.tanh(x @ view["w"])
+        held.append(y.untyped_storage())
+        if fails and len(held) == 3:
+            raise MemoryError
+        return y.exp()
+
+    run = sharded([block] * 3, plan, comm, mode)
+    with suppress(MemoryError):
+        run(shards_of(plan, comm, requires_grad=True), torch.ones(1, 4))
+    assert len(held) == 3
+    assert [references(x) for x in held] == [1] * 3, "what a backward pass would need is alive"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from functional_ep import init_state, make_train_step, sgd
 from sharding import Comm, Mesh, Plan, make_plan, sharded, simulate, zero3
 from sharding.comm import Op, Then, Work
 from sharding.node import Node
@@ -179,3 +180,63 @@ def test_a_tensor_captured_inside_a_transform_is_refused() -> None:
 
     with pytest.raises(ValueError, match="captures the tensor 'scale'"):
         simulate(program, MESH)
+
+
+# -- what goes wrong inside of a block -------------------------------------------------------------
+
+
+class _Fails(Node):
+    """The identity, whose backward pass has no memory left."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None: ...
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        raise MemoryError
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_step_that_fails_in_its_backward_pass_leaves_nothing_in_flight(mode: Backward) -> None:
+    params = [torch.ones(4)] * 3
+    plan = make_plan(params, ["dense"] * 3, {"dense": zero3("ep")}, MESH)
+
+    def first(view: Tensor, x: Tensor) -> Tensor:
+        return _Fails.apply(view) * x
+
+    def last(view: Tensor, x: Tensor) -> tuple[Tensor, int]:
+        return (view * x).sum(), 1
+
+    def program(comm: Comm) -> None:
+        loss = sharded([first, lambda view, x: view * x, last], plan, comm, mode)
+        step = make_train_step(loss, plan, sgd(0.1), comm)
+        state = init_state(plan.shard(params, comm), plan, sgd(0.1))
+        for _ in range(2):
+            with pytest.raises(MemoryError):
+                step(state, torch.ones(4))
+            assert not comm.in_flight
+
+    simulate(program, MESH)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_transform_inside_of_a_block_works_or_says_what_does(mode: Backward) -> None:
+    def block(view: Tensor, x: Tensor) -> Tensor:
+        return torch.func.grad(lambda x: (view * x * x).sum())(x).sum()
+
+    def program(comm: Comm) -> Tensor:
+        plan = make_plan(torch.ones(4), "dense", {"dense": zero3("ep")}, MESH)
+        shard = plan.shard(torch.ones(4), comm).requires_grad_()
+        sharded(block, plan, comm, mode)(shard, torch.ones(4)).backward()
+        return shard.grad
+
+    if mode == "keep":
+        assert torch.equal(simulate(program, MESH)[0], torch.full((2,), 4.0))
+        return
+    with pytest.raises(RuntimeError, match="saved tensor hooks") as raised:
+        simulate(program, MESH)
+    assert any("use backward='keep'" in note for note in raised.value.__notes__)

@@ -140,3 +140,27 @@ def test_a_generator_that_a_block_makes_replays() -> None:
     halves = torch.full((8,), 0.5)
     drawn = torch.bernoulli(halves, generator=torch.Generator().manual_seed(3))
     assert torch.equal(found, drawn) and 0 < drawn.sum() < 8
+
+
+class Config:
+    scale = 2.0
+
+
+scale = torch.ones(2, requires_grad=True)  # which attributes of that name have nothing to do with
+
+
+def test_an_attribute_is_no_global_of_its_name() -> None:
+    config = Config()
+    closed(lambda x: (x * config.scale,))
+
+
+@pytest.mark.parametrize("kind", ["buffer", "attribute"])
+def test_so_is_whatever_else_a_module_has(kind: str) -> None:
+    module: Any = torch.nn.Sequential(torch.nn.Identity())
+    x = torch.ones(2, requires_grad=True)
+    if kind == "buffer":
+        module[0].register_buffer("found", x)
+    else:
+        module[0].found = x
+    with pytest.raises(ValueError, match="captures the tensor 'found'"):
+        closed(lambda x: (module(x),))

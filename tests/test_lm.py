@@ -231,3 +231,22 @@ def test_what_padding_hides_is_kept_once_for_all_layers(backward: Backward) -> N
         assert len(kept) == 1, "of a tensor for each position and position"
 
     simulate(program, Mesh(edp=1, ep=1))
+
+
+def test_a_mask_is_no_reason_to_compute_otherwise_again() -> None:
+    """Fused attention has no gradient for what is added: nobody may ask it for one."""
+
+    def program(comm: Comm) -> None:
+        params = lm.init(CFG)
+        plan = plan_on(comm.mesh, params)
+        shards = plan.shard(params, comm)
+        batch = {"input_ids": IDS, "labels": IDS, "attention_mask": torch.ones_like(IDS)}
+
+        def gradient(mode: Backward) -> Any:
+            loss = lm.loss(CFG, plan, comm, mode)
+            return torch.func.grad(lambda p: loss(p, batch)[0])(shards)
+
+        kept, again = gradient("keep"), gradient("recompute")
+        assert all(map(torch.equal, tree_leaves(kept), tree_leaves(again)))
+
+    simulate(program, Mesh(edp=1, ep=1))

@@ -22,6 +22,7 @@ from functional_ep import (
 )
 from functional_ep.optim import Moments
 from sharding import Comm, Mesh, Plan, make_plan, sharded, simulate, zero3
+from sharding.tree import flatten
 
 PARAMS = {"w": torch.full((4,), 2.0), "base": torch.ones(4)}
 LABELS = {"w": "dense", "base": "base"}
@@ -105,6 +106,14 @@ WRONG: dict[str, tuple[Any, str]] = {
     "three": (([], {}, {}), "returned a tuple of 3"),
     "too few leaves": (([], {"mean": [torch.ones(4)]}), "returned 0 leaves as 'params'"),
     "a moment too few": (([torch.ones(4)], {}), r"returned the moments \[\].*\['mean'\]"),
+    "another dtype": (
+        ([torch.ones(4).double()], {"mean": [torch.ones(4)]}),
+        r"returned torch.float64 \(4,\) among 'params', for torch.float32 \(4,\)",
+    ),
+    "another shape": (
+        ([torch.ones(4)], {"mean": [torch.ones(())]}),
+        r"returned torch.float32 \(\) among 'mean', for torch.float32 \(4,\)",
+    ),
     "a moment's leaf too few": (([torch.ones(4)], {"mean": []}), "returned 0 leaves as 'mean'"),
 }
 
@@ -192,3 +201,57 @@ def test_half_precision_takes_the_step_of_float32(
     found, expected = updated(dtype), updated(torch.float32)
     assert found.dtype == dtype and not torch.equal(expected, p)
     assert torch.equal(found, expected.to(dtype))
+
+
+@pytest.mark.parametrize("kind", ["the same tensor", "a part of it"])
+def test_donating_refuses_memory_that_two_leaves_have(kind: str) -> None:
+    """A reference and what begins as a copy of it: the step would train both."""
+
+    def program(comm: Comm) -> None:
+        plan, tx = a_plan(), sgd(0.1)
+        step = make_train_step(loss_of(plan, comm), plan, tx, comm, donate=True)
+        w = torch.ones(4)
+        base = w if kind == "the same tensor" else torch.cat([w, w])[2:6]
+        shared = {"w": w if base is w else base._base[:4], "base": base}  # pyright: ignore
+        with pytest.raises(ValueError, match=r"state.*'(w|base)'\] and .* share memory"):
+            step(init_state(shared, plan, tx), torch.ones(()))
+        apart = {"w": w.clone(), "base": base.clone()}
+        step(init_state(apart, plan, tx), torch.ones(()))
+
+    simulate(program, Mesh(edp=1))
+
+
+def test_frozen_leaves_may_share_memory() -> None:
+    def program(comm: Comm) -> None:
+        params = {"w": torch.ones(2), "a": torch.ones(4), "b": torch.ones(4)}
+        labels = {"w": "dense", "a": "base", "b": "base"}
+        plan = make_plan(params, labels, RULES, comm.mesh, frozen=("base",))
+        loss = sharded(lambda view, x: ((view["w"].sum() + view["a"].sum()) * x, 1), plan, comm)
+        step = make_train_step(loss, plan, sgd(0.1), comm, donate=True)
+        state = init_state({**params, "b": params["a"]}, plan, sgd(0.1))
+        assert torch.equal(step(state, torch.ones(()))[0].params["w"], torch.full((2,), 0.9))
+
+    simulate(program, Mesh(edp=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("make", [sgd, adamw])
+def test_a_transform_changes_no_dtype(make: Callable[..., Optimizer], dtype: torch.dtype) -> None:
+    """Two steps in half precision can be differentiated; what the first gives is a state."""
+    params = {"w": torch.ones(4, dtype=dtype)}
+    plan = make_plan(params, {"w": "dense"}, {"dense": zero3("edp")}, Mesh(edp=1))
+
+    def program(comm: Comm) -> None:
+        loss = sharded(lambda view, x: ((view["w"] * x).float().square().sum(), 1), plan, comm)
+        tx = make(0.1)
+        step = make_train_step(loss, plan, tx, comm)
+        state, x = init_state(plan.shard(params, comm), plan, tx), torch.ones(4, dtype=dtype)
+
+        def after_two(w: Tensor) -> Tensor:
+            first, _ = step(state._replace(params={"w": w}), x)
+            assert {each.dtype for each in flatten(first)[0]} == {dtype, torch.int64}
+            return step(first, x)[0].params["w"].sum()
+
+        assert torch.func.grad(after_two)(state.params["w"]).dtype == dtype
+
+    simulate(program, plan.mesh)
