@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import warnings
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from states import Pair, a_plan, alone, pairs, same, state_of
 from torch import Tensor
 
 from functional_ep import State, adamw, init_state, sgd
+from functional_ep.checkpoint.boxed import _Unpickler
 from functional_ep.checkpoint.dcp import from_dcp, to_dcp
 from sharding import Comm, Mesh, Plan, make_plan, simulate, zero3
 from sharding.testing import seeds
@@ -344,3 +346,8 @@ def test_structures_nest(tmp_path: Path) -> None:
     full = simulate(lambda c: plan.full(state_of(plan, c.rank, 1).params, c), plan.mesh)[0]
     assert torch.equal(found["params.blocks.0.w"], full["blocks"][0]["w"])
     assert torch.equal(found["params.blocks.1.w"], full["blocks"][1]["w"])
+
+
+def test_a_path_is_one_whatever_python_wrote_it() -> None:
+    written = b"cpathlib._local\nPosixPath\n."
+    assert _Unpickler(io.BytesIO(written)).load() is PosixPath

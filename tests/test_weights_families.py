@@ -32,9 +32,9 @@ from transformers import AutoModelForCausalLM
 
 from functional_ep import from_huggingface, to_huggingface
 from functional_ep.huggingface import dump, names
-from functional_ep.huggingface import load as load_module
 from functional_ep.huggingface.load import load
 from sharding import Comm, Mesh, Plan, Rule, interval, make_plan, simulate
+from sharding.gather import Layout
 
 MESHES = [Mesh(edp=edp, ep=ep) for edp, ep in ((1, 1), (2, 1), (1, 2), (2, 2), (1, 4))]
 
@@ -125,7 +125,7 @@ def shifted(rule: Rule, mesh: Mesh, rank: int, shape: tuple[int, ...]) -> tuple[
 def test_a_loader_of_another_interval_is_found(
     hub: Hub, place: Path, wrong: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(load_module, "interval", wrong)
+    monkeypatch.setattr(Layout, "interval", lambda w, rank: wrong(w.rule, w.mesh, rank, w.shape))
     model = hub.model("mixtral")
     arguments = (model, plan_of(model, MESHES[3]), place, "50GB")
     for found in simulate(there_and_back, MESHES[3], *([each] * 4 for each in arguments)):
