@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,7 +64,7 @@ class StepByLabel:
                 "give those that it was begun with, or start with init_state(state.params, ...)"
             )
         if self.donate:
-            _refuse_shared(state, {i for i, w in enumerate(self.plan.layouts) if w.frozen})
+            _refuse_shared(state, self.trained)
 
     def __call__(
         self, state: State, shards: Leaves, grads: Leaves, per_token: Tensor, norm: Tensor
@@ -139,17 +139,17 @@ class StepByLabel:
         return {"lr": rates.popitem()[1]} if self.single and rates else rates
 
 
-def _refuse_shared(state: State, frozen: set[int]) -> None:
+def _refuse_shared(state: State, trained: Sequence[int]) -> None:
     """Refuse to write into memory that two leaves have: the new value of one would be the other's.
 
-    Frozen parameters, of these numbers, are not written to and may share theirs.
+    Frozen parameters are not written to, and may share theirs.
     """
-    leaves, _ = flatten(state)
-    others = 1  # the step, before them
+    (params, _), (leaves, _) = flatten(state.params), flatten(state)
+    frozen = {1 + i for i in range(len(params))} - {1 + i for i in trained}  # the step is first
     held = [(str(x.device), x.data_ptr(), i) for i, x in enumerate(leaves) if x.data_ptr()]
     place, end, last = "", 0, 0
     for device, start, i in sorted(held):
-        if device == place and start < end and not {i - others, last - others} <= frozen:
+        if device == place and start < end and not {i, last} <= frozen:
             one, other = (show(path_strings(state)[j], "state") for j in (last, i))
             raise ValueError(
                 f"{one} and {other} share memory, into which donate=True would write: begin the "

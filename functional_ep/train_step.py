@@ -59,7 +59,8 @@ def make_train_step(
         optimizers: one for all labels, or one for each.
         comm: the ranks; all take part in every step, also one whose batch is empty.
         clip: the largest global norm of the gradient; longer ones are scaled down to it.
-        donate: write the new state into the memory of the old one, which must not be used again.
+        donate: write the new state into the memory of the old one, which must not be used again;
+            frozen leaves stay where they are, and no others may share memory.
         commit: ``"vote"`` or a :class:`Vote`: take the step on all ranks or, for what they find
             wrong with it, on none. It costs no message. By default the step is always taken.
 
