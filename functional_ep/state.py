@@ -62,12 +62,20 @@ def init_state(shards: Any, plan: Plan, optimizers: Optimizer | Mapping[str, Opt
     return State(torch.zeros((), dtype=torch.int64), shards, opt)
 
 
+def check_moment_name(name: str, where: str) -> None:
+    """Refuse a name by which two tensors, of a leaf or of two, would be one in a file."""
+    if name == "params" or "/" in name:
+        raise ValueError(
+            f"{where}: a moment cannot be saved as 'params', as the parameter itself is, nor with "
+            "a '/', as a path is: let the optimizer's init call it something else"
+        )
+
+
 def _check_moments(moments: Any, label: str, shards: Mapping[str, Tensor]) -> None:
     """Refuse moments that could be neither stored nor moved to another mesh."""
     where = f"optimizers[{label!r}].init"
     for name, by_path in moments.items():
-        if name == "params" or "/" in name:  # the roles and paths of files
-            raise ValueError(f"{where}: no moment can be called {name!r} in a file")
+        check_moment_name(name, where)
         if set(by_path) != set(shards):
             path = show(min(set(by_path) ^ set(shards)), name)
             raise ValueError(f"{where}: {path} is missing or left over: each leaf has one")

@@ -146,8 +146,8 @@ def _refuse_shared(state: State, trained: Sequence[int]) -> None:
     """
     (params, _), (leaves, _) = flatten(state.params), flatten(state)
     frozen = {1 + i for i in range(len(params))} - {1 + i for i in trained}  # the step is first
-    held = [(str(x.device), x.data_ptr(), i) for i, x in enumerate(leaves) if x.data_ptr()]
-    place, end, last = "", 0, 0
+    held = [(x.get_device(), start, i) for i, x in enumerate(leaves) if (start := x.data_ptr())]
+    place, end, last = -1, 0, 0  # the CPU, as get_device calls it
     for device, start, i in sorted(held):
         if device == place and start < end and not {i, last} <= frozen:
             one, other = (show(path_strings(state)[j], "state") for j in (last, i))

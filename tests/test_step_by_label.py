@@ -126,8 +126,8 @@ def test_what_an_update_returns_is_checked_where_it_does() -> None:
 
 
 BAD_MOMENTS: dict[str, tuple[Moments, str]] = {
-    "the role of parameters": ({"params": {"w": torch.ones(4)}}, "can be called 'params'"),
-    "part of a path": ({"a/b": {"w": torch.ones(4)}}, "can be called 'a/b'"),
+    "the role of parameters": ({"params": {"w": torch.ones(4)}}, "cannot be saved as 'params'"),
+    "part of a path": ({"a/b": {"w": torch.ones(4)}}, "nor with a '/', as a path is"),
     "a number": ({"mean": {"w": torch.ones(())}}, r"mean\['w'\] has the shape \(\), its param"),
     "a leaf too few": ({"mean": {}}, r"mean\['w'\] is missing or left over"),
 }

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from functional_ep.checkpoint.manifest import PARAMS, tensor_name
 from functional_ep.safetensors_file import NAMES
-from functional_ep.state import State
+from functional_ep.state import State, check_moment_name
 from sharding import Comm, Plan
 from sharding.gather import Layout
 from sharding.tree import show
@@ -68,12 +68,7 @@ def moments_by_path(state: State, plan: Plan) -> dict[str, dict[str, Tensor]]:
     found: dict[str, dict[str, Tensor]] = {path: {} for path in labels}
     for label, moments in state.opt.items():
         for name, by_path in moments.items():
-            if name == PARAMS or "/" in name:  # two tensors of a leaf, or of two, would be one
-                raise ValueError(
-                    f"state.opt[{label!r}][{name!r}]: a moment cannot be saved as {PARAMS!r}, as "
-                    "the parameter itself is, nor with a '/', as a path is: let the optimizer's "
-                    "init call it something else"
-                )
+            check_moment_name(name, f"state.opt[{label!r}][{name!r}]")
             lacking = {path for path, its in labels.items() if its == label} ^ set(by_path)
             if lacking:
                 where = show(min(lacking), f"state.opt[{label!r}][{name!r}]")
