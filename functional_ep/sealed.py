@@ -22,11 +22,15 @@ class Newer(ValueError):
 
 
 class Kind(NamedTuple):
-    """What a file calls its format, the version that this code writes, and a way out of damage."""
+    """What a file calls its format, the version that this code writes, and a way out of damage.
+
+    Versions before the ``oldest`` say something else by the same words, and are not read.
+    """
 
     format: str
     version: int
     otherwise: str
+    oldest: int = 1
 
 
 def digest(memory: bytes | memoryview) -> str:
@@ -56,6 +60,7 @@ def unseal(text: bytes, where: Path, kind: Kind, parse: Callable[[dict[str, Any]
 
     Raises:
         Newer: a version that this code does not know yet.
+        ValueError: a version that it does not know any more.
         Damaged: any other text, of which a bit may have flipped; contents that contradict.
 
     >>> cake = Kind("cake", 1, "Bake")
@@ -81,6 +86,11 @@ def unseal(text: bytes, where: Path, kind: Kind, parse: Callable[[dict[str, Any]
         raise Newer(
             f"{where} has format version {version}{by}; this code reads versions up to "
             f"{kind.version}: update functional-ep"
+        )
+    if version < kind.oldest:
+        raise ValueError(
+            f"{where} has format version {version}; this code reads versions from {kind.oldest} "
+            f"on: use the functional-ep that wrote it. {kind.otherwise}"
         )
     try:
         del body["digest"]

@@ -54,13 +54,13 @@ class Collective(NamedTuple):
 
     @property
     def transpose(self) -> Linear:
-        kind, axes, send, receive = self.op
+        kind, axes, send, receive, of = self.op
         if kind == "all_gather":
-            return Collective(Op("reduce_scatter", axes))
+            return Collective(Op("reduce_scatter", axes, of=of))
         if kind == "reduce_scatter":
-            return Collective(Op("all_gather", axes))
+            return Collective(Op("all_gather", axes, of=of))
         if kind == "all_to_all":
-            return Collective(Op("all_to_all", axes, send=receive, receive=send))
+            return Collective(Op("all_to_all", axes, send=receive, receive=send, of=of))
         return Vary(axes)
 
 

@@ -39,16 +39,25 @@ class Divergence(RuntimeError):
 
 
 class Op(NamedTuple):
-    """One raw collective: what, over which axes and, for all_to_all, how many rows go where."""
+    """One raw collective: what, over which axes and, for all_to_all, how many rows go where.
+
+    ``of`` says what for, if the program has a name for it: ranks must agree on it, and so two that
+    have parted ways are told apart even where their tensors look alike.
+
+    >>> print(Op("all_gather", ("ep",), of="blocks/0/w"))
+    all_gather(axes=('ep',), of='blocks/0/w')
+    """
 
     kind: Kind
     axes: Axes
     send: tuple[int, ...] = ()
     receive: tuple[int, ...] = ()
+    of: str = ""
 
     def __str__(self) -> str:
         splits = f", send={self.send}, receive={self.receive}" if self.kind == "all_to_all" else ""
-        return f"{self.kind}(axes={self.axes}{splits})"
+        of = f", of={self.of!r}" if self.of else ""
+        return f"{self.kind}(axes={self.axes}{splits}{of})"
 
 
 class Work(Protocol):

@@ -42,6 +42,8 @@ def mismatch(works: Mapping[int, Started]) -> str:
     for r, first in before:
         if (work.op.kind, work.op.axes) != (first.op.kind, first.op.axes):
             return f"Ranks {r} and {s} started different collectives"
+        if work.op.of != first.op.of:
+            return f"Rank {r} is at {first.op.of!r} and rank {s} at {work.op.of!r}"
         if [x.dtype for x in work.xs] != [x.dtype for x in first.xs]:
             return f"Ranks {r} and {s} sent tensors of different number or dtype"
         skip = 1 if work.op.kind == "all_to_all" else 0  # rows may differ there

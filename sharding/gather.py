@@ -114,12 +114,13 @@ class Gather(NamedTuple):
     """``[s, *] -> [view, *]`` for each leaf: all-gather over the store axes, trim, reshape."""
 
     layouts: tuple[Layout, ...]
+    of: str = ""  # whose the leaves are, as ``Op.of``
 
     def start(self, xs: list[Tensor], comm: Comm) -> Work:
         parts: list[tuple[list[int], Work]] = []
         for axes, positions in _group([layout.store for layout in self.layouts]).items():
             group = [xs[i].to(self.layouts[i].compute_dtype) for i in positions]
-            parts.append((positions, comm.start(Op("all_gather", axes), group)))
+            parts.append((positions, comm.start(Op("all_gather", axes, of=self.of), group)))
         return Then(_Several(len(xs), parts), self._finish)
 
     def _finish(self, ys: list[Tensor]) -> list[Tensor]:
@@ -130,20 +131,21 @@ class Gather(NamedTuple):
 
     @property
     def transpose(self) -> Linear:
-        return Reduce(self.layouts)
+        return Reduce(self.layouts, self.of)
 
 
 class Reduce(NamedTuple):
     """``[view, *] -> [s, *]`` for each leaf: reduce-scatter over store, sum over the copies."""
 
     layouts: tuple[Layout, ...]
+    of: str = ""
 
     def start(self, xs: list[Tensor], comm: Comm) -> Work:
         parts: list[tuple[list[int], Work]] = []
         groups = _group([(layout.store, layout.copies) for layout in self.layouts])
         for (store, copies), positions in groups.items():
             flat = [_flatten(xs[i], self.layouts[i]) for i in positions]
-            parts.append((positions, _sum_over(store, copies, flat, comm)))
+            parts.append((positions, _sum_over(store, copies, flat, comm, self.of)))
         return Then(_Several(len(xs), parts), self._finish)
 
     def _finish(self, ys: list[Tensor]) -> list[Tensor]:
@@ -151,7 +153,7 @@ class Reduce(NamedTuple):
 
     @property
     def transpose(self) -> Linear:
-        return Gather(self.layouts)
+        return Gather(self.layouts, self.of)
 
 
 def _group(keys: Sequence[Key]) -> dict[Key, list[int]]:
@@ -169,13 +171,12 @@ def _flatten(g: Tensor, layout: Layout) -> Tensor:
     return torch.nn.functional.pad(flat, [0, 0] * len(batch) + [0, layout.padding])
 
 
-def _sum_over(store: Axes, copies: Axes, flat: list[Tensor], comm: Comm) -> Work:
-    if not copies:
-        return comm.start(Op("reduce_scatter", store), flat)
-    if not store:
-        return comm.start(Op("all_reduce", copies), flat)
-    scattered = comm.start(Op("reduce_scatter", store), flat)
-    return Then(scattered, lambda ys: comm.all_reduce(ys, copies))
+def _sum_over(store: Axes, copies: Axes, flat: list[Tensor], comm: Comm, of: str) -> Work:
+    over_copies = Op("all_reduce", copies, of=of)
+    if not store and copies:
+        return comm.start(over_copies, flat)
+    scattered = comm.start(Op("reduce_scatter", store, of=of), flat)
+    return Then(scattered, lambda ys: comm.start(over_copies, ys).wait()) if copies else scattered
 
 
 def gather(layouts: Sequence[Layout], shards: Sequence[Tensor], comm: Comm) -> tuple[Tensor, ...]:

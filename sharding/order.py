@@ -1,7 +1,8 @@
 """Order: a digest of the collectives that a rank starts, to be compared with those of others.
 
-A transport sees one collective at a time, and of two that look alike it cannot tell which is which.
-So ranks that exchange them unseen go on, with numbers that belong to something else.
+A transport sees one collective at a time, and of two that look alike and have no name, ``Op.of``,
+it cannot tell which is which. So ranks that exchange them unseen go on, with numbers that belong to
+something else.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Order:
 
     def __call__(self, op: Op, xs: Sequence[Tensor], work: Work) -> Work:
         kinds = [(x.dtype, x.dim()) for x in xs]
-        self._sequence.update(f"{op.kind} {op.axes} {kinds} {_line()};".encode())
+        self._sequence.update(f"{op.kind} {op.axes} {op.of} {kinds} {_line()};".encode())
         axes = self._set_of.get(frozenset(op.axes))
         if axes is not None:  # else of another arrangement of the ranks
             skip = 1 if op.kind == "all_to_all" else 0

@@ -63,7 +63,8 @@ class Unit:
         self.parts = [(part, self._gather_of(part)) for part in (trained, constant) if part]
 
     def _gather_of(self, positions: list[int]) -> Gather:
-        return Gather(tuple(self.plan.layouts[i] for i in positions))
+        first = self.plan.leaves[positions[0]].path if positions else ""
+        return Gather(tuple(self.plan.layouts[i] for i in positions), first)
 
     def fetch(self, leaves: list[Tensor]) -> _Pending:
         """Start gathering shards that have been checked."""

@@ -64,10 +64,10 @@ def scaled(factor: Callable[[Layout], float]) -> Callable[[Patch], None]:
 def forget_edp(patch: Patch) -> None:
     right = gather_module._sum_over
 
-    def sum_over(store: Axes, copies: Axes, flat: list[Tensor], comm: Comm) -> Work:
+    def sum_over(store: Axes, copies: Axes, flat: list[Tensor], comm: Comm, of: str) -> Work:
         if store == ("edp",) and not copies:
             return Done([x.chunk(comm.mesh["edp"])[comm.index(store)] for x in flat])
-        return right(store, copies, flat, comm)
+        return right(store, copies, flat, comm, of)
 
     patch.setattr(gather_module, "_sum_over", sum_over)
 
@@ -174,10 +174,10 @@ def bool_for_group(patch: Patch) -> None:
         Mesh, "check", lambda self, axes: self.axes if axes is True else check(self, axes)
     )
 
-    def sum_over(store: Axes, copies: Any, flat: list[Tensor], comm: Comm) -> Work:
+    def sum_over(store: Axes, copies: Any, flat: list[Tensor], comm: Comm, of: str) -> Work:
         if copies == ("edp",) and not store:
             return comm.start(Op("all_reduce", True), flat)  # pyright: ignore[reportArgumentType]
-        return right(store, copies, flat, comm)
+        return right(store, copies, flat, comm, of)
 
     patch.setattr(gather_module, "_sum_over", sum_over)
 

@@ -24,16 +24,18 @@ def test_reduce_is_the_transpose_of_gather(case: Case) -> None:
     check_adjoint(case)
 
 
-def averages(store: Axes, copies: Axes, flat: list[Tensor], comm: Comm) -> Any:
-    return sum_over(store, copies, [x / comm.mesh.count(copies) for x in flat], comm)
+def averages(store: Axes, copies: Axes, flat: list[Tensor], comm: Comm, of: str) -> Any:
+    return sum_over(store, copies, [x / comm.mesh.count(copies) for x in flat], comm, of)
 
 
-def forgets_the_copies(store: Axes, copies: Axes, flat: list[Tensor], comm: Comm) -> Any:
-    return sum_over(store, (), flat, comm)
+def forgets_the_copies(store: Axes, copies: Axes, flat: list[Tensor], comm: Comm, of: str) -> Any:
+    return sum_over(store, (), flat, comm, of)
 
 
-def counts_compute_axes_as_copies(store: Axes, copies: Axes, flat: list[Tensor], comm: Comm) -> Any:
-    return sum_over(store, comm.mesh.rest(store), flat, comm)
+def counts_compute_axes_as_copies(
+    store: Axes, copies: Axes, flat: list[Tensor], comm: Comm, of: str
+) -> Any:
+    return sum_over(store, comm.mesh.rest(store), flat, comm, of)
 
 
 @pytest.mark.parametrize("mutant", [averages, forgets_the_copies, counts_compute_axes_as_copies])

@@ -155,8 +155,8 @@ def test_a_block_that_mixes_labels_is_rejected(monkeypatch: pytest.MonkeyPatch) 
 def test_sums_over_axes_of_other_labels_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     right = sharding.gather._sum_over
 
-    def over_everything(store: Axes, copies: Axes, flat: list[Tensor], comm: Comm) -> Any:
-        return right(store, comm.mesh.rest(store), flat, comm)
+    def over_everything(store: Axes, copies: Axes, flat: list[Tensor], comm: Comm, of: str) -> Any:
+        return right(store, comm.mesh.rest(store), flat, comm, of)
 
     rules = {"expert": expert_parallel("ep", store=("edp",))}
     plan = make_plan([torch.zeros(4, 3)], ["expert"], rules, Mesh(edp=2, ep=2))

@@ -131,6 +131,23 @@ def test_a_rank_that_skips_a_collective_is_named(impatient: Farm) -> None:
     check_divergence(caught.value, 0, "did not join it within 3 s")
 
 
+def gather_others(comm: Comm, name: str) -> None:
+    comm.start(Op("all_gather", ("ep",), of=name), [torch.ones(3)]).wait()
+
+
+@pytest.mark.parametrize("prefix", ["", "a" * 5000])
+def test_ranks_that_gather_different_blocks_of_one_shape_are_named(
+    impatient: Farm, prefix: str
+) -> None:
+    names = [f"{prefix}{rank}/w" for rank in range(2)]
+    with pytest.raises(Divergence, match="has sent something else") as caught:
+        impatient.run(gather_others, MESH, names)
+    assert prefix or any(
+        f"all_gather('ep',) of {name}, [float32[3]]" in str(caught.value) for name in names
+    )
+    impatient.run(gather_others, MESH, [names[0]] * 2)
+
+
 def test_a_rank_that_has_gone_is_named(impatient: Farm) -> None:
     with pytest.raises(RuntimeError) as caught:  # whichever of the two is heard of first
         impatient.run(leave, MESH, [1] * 2)

@@ -50,7 +50,7 @@ sharding.specification      <- comm
 sharding.simulate           <- comm divergence mesh specification streams
 sharding.buffers            <-
 sharding.distributed.segments <-
-sharding.distributed.parcel <- distributed.segments
+sharding.distributed.parcel <- comm distributed.segments divergence
 sharding.distributed.link   <- distributed.parcel
 sharding.distributed.gloo   <- buffers distributed.link distributed.parcel
 sharding.distributed.shared <- distributed.link distributed.parcel distributed.segments
@@ -59,7 +59,7 @@ sharding.distributed.watch  <- divergence place
 sharding.distributed.ranks  <- comm distributed.watch divergence mesh
 sharding.distributed.pairwise <- buffers comm distributed.gloo distributed.link distributed.meet
                                distributed.parcel distributed.ranks distributed.segments
-                               distributed.shared divergence mesh plain specification
+                               distributed.shared mesh plain specification
 sharding.distributed.overdue <- comm
 sharding.distributed.nccl   <- comm distributed.overdue distributed.ranks divergence mesh
 sharding.distributed.rendezvous <-

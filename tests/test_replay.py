@@ -336,16 +336,17 @@ def test_what_is_no_recording_is_refused(recording: Path) -> None:
     program = program_of(uneven())
     with pytest.raises(ValueError, match=r"is no recording: it has no recording\.json"):
         replay(recording.parent, program)
-    edited(recording, version=2)
-    message = r"recording\.json has format version 2; this code reads versions up to 1: update"
-    with pytest.raises(ValueError, match=message):
-        replay(recording, program)
+    for version, what in ((3, "up to 2: update"), (1, "from 2 on: use the functional-ep that")):
+        edited(recording, version=version)
+        message = rf"recording\.json has format version {version}; this code reads versions {what}"
+        with pytest.raises(ValueError, match=message):
+            replay(recording, program)
     for version in ("2", None, True, 0, 1.0, [1]):
         edited(recording, version=version)
         said = re.escape(f"its version is {version!r}")
         with pytest.raises(ValueError, match=rf"recording\.json is damaged, or no .*: {said}"):
             replay(recording, program)
-    edited(recording, format="cake", version=1)
+    edited(recording, format="cake", version=2)
     with pytest.raises(ValueError, match="or no functional-ep recording: it is a 'cake'"):
         replay(recording, program)
     edited(recording, format="functional-ep recording", more=1)

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sharding import Comm, Divergence, Mesh, simulate
+from sharding import Comm, Divergence, Mesh, make_plan, sharded, simulate, zero3
 from sharding.collectives import all_gather, all_to_all, psum, reduce_scatter
 from sharding.comm import Op
 from sharding.testing import meshes
@@ -51,6 +52,25 @@ def sends_another_shape(comm: Comm) -> None:
 def sends_another_dtype(comm: Comm) -> None:
     dtype = torch.float64 if comm.rank == 3 else torch.float32
     comm.all_gather([ones(2, dtype=dtype)], ("ep",))
+
+
+def gathers_another_block(comm: Comm) -> None:
+    """Three blocks alike, of which a rank gives up the first, and begins anew."""
+    params = [{"w": ones(4)} for _ in range(3)]
+    plan = make_plan(params, [{"w": "dense"}] * 3, {"dense": zero3("edp", "ep")}, comm.mesh)
+    fails = comm.rank == 3
+
+    def block(view: dict[str, Tensor], x: Tensor) -> Tensor:
+        nonlocal fails
+        if fails:
+            fails = False
+            raise ZeroDivisionError
+        return x * view["w"].sum()
+
+    run = sharded([block] * 3, plan, comm)
+    with suppress(ZeroDivisionError):
+        run(plan.shard(params, comm), ones())
+    run(plan.shard(params, comm), ones())
 
 
 def sends_another_number(comm: Comm) -> None:
@@ -95,6 +115,7 @@ DIVERGING: list[tuple[Callable[[Comm], None], list[str]]] = [
     (sends_another_shape, ["sent tensors of different shapes", "float32[2]", "float32[3]"]),
     (sends_another_dtype, ["different number or dtype", "float32[2]", "float64[2]"]),
     (sends_another_number, ["different number or dtype", "[float32[2], float32[2]]"]),
+    (gathers_another_block, ["Rank 3 is at '0/w' and rank 2 at '2/w'", "of='2/w'", "of='0/w'"]),
     (expects_other_rows, ["What rank 2 sends to rank 3 is not what rank 3 expects"]),
     (sends_other_rows, ["What rank 2 sends to rank 3 is not what rank 3 expects"]),
     (waits_in_another_order, ["not started by all", "axes=('edp',)", "axes=('ep',)"]),

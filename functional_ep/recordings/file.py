@@ -25,7 +25,8 @@ from sharding import Mesh
 from sharding.comm import Op
 from sharding.tape import Asked, Heard
 
-KIND = Kind("functional-ep recording", 1, "Replay or compare another recording")
+# Version 1 had digests that did not see two flipped signs; 2 says of what a collective is.
+KIND = Kind("functional-ep recording", 2, "Replay or compare another recording", oldest=2)
 ABOUT, TENSORS = "recording.json", "tensors.safetensors"
 
 
@@ -85,7 +86,7 @@ def read_about(folder: Path) -> About:
     """What a recording says of itself.
 
     Raises:
-        ValueError: no recording, a damaged one, or one of a newer version.
+        ValueError: no recording, a damaged one, or one of another version.
     """
     path = folder / ABOUT
     if not path.is_file():
@@ -165,5 +166,6 @@ def to_heard(entry: Json, tensors: Mapping[str, Tensor]) -> Heard:
 
 def asked_of(entry: Json) -> Asked:
     """Which collective an entry is of."""
-    op = Op(entry["kind"], *(tuple(entry[key]) for key in ("axes", "send", "receive")))
+    axes, send, receive = (tuple(entry[key]) for key in ("axes", "send", "receive"))
+    op = Op(entry["kind"], axes, send, receive, entry["of"])
     return Asked(op, tuple((DTYPES[kind], tuple(shape)) for kind, shape in entry["sent"]))

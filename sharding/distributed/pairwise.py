@@ -20,17 +20,15 @@ from sharding.comm import Op, Then, Work
 from sharding.distributed.gloo import GlooLink
 from sharding.distributed.link import Arrival, Link, Mismatch, Sending
 from sharding.distributed.meet import meet
-from sharding.distributed.parcel import Parcel
+from sharding.distributed.parcel import Parcel, about, kinds_of
 from sharding.distributed.ranks import DistributedComm
 from sharding.distributed.segments import Outbox
 from sharding.distributed.shared import SharedLink
-from sharding.divergence import MOST, kinds
 from sharding.mesh import Mesh
 from sharding.plain import outside_transforms
 from sharding.specification import ordered_sum
 
 ONE_HOP = 1 << 18  # bytes up to which an all-reduce sends everything to everyone at once
-LONGEST = 900  # bytes of the names of tensors
 
 T = TypeVar("T")
 Parts = dict[int, list[Tensor]]  # what has come, by the sender's place in the fiber
@@ -40,9 +38,8 @@ class Exchange:
     """A collective under way: what goes to and comes from each of the others of its fiber."""
 
     def __init__(self, comm: PairwiseComm, op: Op, xs: Sequence[Tensor]) -> None:
-        self.comm, self.op, self.kinds = comm, op, _kinds(op, xs)
-        # What all ranks of the fiber say alike of it.
-        self.about = f"{op.kind}{op.axes} of {self.kinds}".encode()
+        self.comm, self.op, self.kinds = comm, op, kinds_of(op, xs)
+        self.about = about(op, self.kinds)
         self.sent: list[tuple[int, Sending]] = []
         self.awaited: dict[int, tuple[int, Arrival]] = {}
         self.finish: Callable[[Parts], list[Tensor]] = lambda _: []
@@ -247,12 +244,3 @@ def _close_in_children(comm: PairwiseComm) -> None:
             comm.let_go()
 
     os.register_at_fork(after_in_child=close)
-
-
-def _kinds(op: Op, xs: Sequence[Tensor]) -> str:
-    """Dtypes and shapes, but for how many rows go where: those may differ between ranks."""
-    skip = 1 if op.kind == "all_to_all" else 0
-    text = kinds(xs, skip)
-    if len(xs) <= MOST and len(text) <= LONGEST:
-        return text
-    return f"{text[:LONGEST]}, in all {hash(tuple([tuple(x.shape[skip:]) for x in xs])) % 2**32:x}"

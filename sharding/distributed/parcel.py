@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from zlib import crc32
 
 import torch
 from torch import Tensor
 
+from sharding.comm import Op
 from sharding.distributed.segments import Segment
+from sharding.divergence import MOST, kinds
 
 ALIGN = 16  # bytes; a multiple of every dtype's size
+LONGEST, SHORT = 900, 300  # characters of the names of tensors, and of what they belong to
 
 
 class Layout:
@@ -69,3 +73,18 @@ class Parcel:
                 place.view(self.xs[positions[0]].shape).copy_(self.xs[positions[0]])
             else:
                 torch.cat([self.xs[i].reshape(-1) for i in positions], out=place)
+
+
+def kinds_of(op: Op, xs: Sequence[Tensor]) -> str:
+    """Dtypes and shapes, but for how many rows go where: those may differ between ranks."""
+    skip = 1 if op.kind == "all_to_all" else 0
+    text = kinds(xs, skip)
+    if len(xs) <= MOST and len(text) <= LONGEST:
+        return text
+    return f"{text[:LONGEST]}, in all {hash(tuple([tuple(x.shape[skip:]) for x in xs])) % 2**32:x}"
+
+
+def about(op: Op, kinds: str) -> bytes:
+    """What all ranks of a fiber say alike of a collective, however long its name is."""
+    name = op.of if len(op.of) <= SHORT else f"{op.of[:SHORT]}, in all {crc32(op.of.encode()):x}"
+    return f"{op.kind}{op.axes} of {name}{', ' if name else ''}{kinds}".encode()
