@@ -9,6 +9,7 @@ from sharding import Precision
 from . import lm
 from .checkpoint import Checkpoints, restore, restore_params, save
 from .compile import compiled, uncompiled
+from .evaluate import make_evaluate
 from .huggingface import from_huggingface, to_huggingface
 from .labels import freeze, label_by_path, train_only
 from .optim import Optimizer, adamw, sgd
@@ -40,6 +41,7 @@ __all__ = [
     "label_by_path",
     "linear",
     "lm",
+    "make_evaluate",
     "make_train_step",
     "record",
     "replay",

@@ -75,7 +75,7 @@ def _sums(
         every = list(shards)
         for i, x in zip(trained, leaves, strict=True):
             every[i] = x
-        total, count, aux = _checked(loss(plan.unflatten(every), batch))
+        total, count, aux = checked(loss(plan.unflatten(every), batch))
         return total, (count, aux)
 
     wanted = [shards[i] for i in trained]
@@ -97,8 +97,8 @@ def _sums(
     return grads, total.detach(), count, {name: x.detach() for name, x in aux.items()}
 
 
-def _checked(result: Any) -> tuple[Tensor, Tensor, Aux]:
-    """A loss's result, or an error that says what it should have been."""
+def checked(result: Any) -> tuple[Tensor, Tensor, Aux]:
+    """A loss's result, its aux in one order on all ranks, or an error that says what is wrong."""
     right = (
         "a loss returns (sum, count) or (sum, count, aux) over this rank's tokens, and the step "
         "divides by the count of all ranks; wrong: return cross_entropy(..., reduction='mean'); "

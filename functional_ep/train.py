@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from sharding import Comm
-from sharding.collectives import psum
 
 from . import data, metrics
 from .agreement import check_agreement
 from .config import Recipe
 from .corpus import fingerprint
 from .data import Baselines, Batch
+from .evaluate import make_evaluate
 from .job import WEIGHTS, Job
 from .program import CannotStart, Program, build
 from .progress import saving
@@ -128,14 +128,13 @@ def evaluation(
             "--data, or a larger eval_bytes"
         )
     predicted = len(text) - len(program.vocabulary.decode(tokens[:1].tolist()))
-    place = {"rank": comm.rank, "ranks": comm.mesh.size}
+    size = {"sequences": 4 * recipe.batch, "length": recipe.seq}
+    evaluate = make_evaluate(program.loss, program.plan, comm)
 
-    @torch.no_grad()
     def bits(shards: Any) -> float:
-        nll = torch.zeros((), dtype=torch.float64, device=comm.device)
-        for batch in data.windows(tokens, sequences=4 * recipe.batch, length=recipe.seq, **place):
-            nll += program.loss(shards, _to(batch, comm.device))[2]["nll"].double()
-        return metrics.bits_per_byte(psum(nll, comm.mesh.axes, comm), predicted)
+        windows = data.windows(tokens, **size, rank=comm.rank, ranks=comm.mesh.size)
+        sums = evaluate(shards, (_to(batch, comm.device) for batch in windows))
+        return metrics.bits_per_byte(sums["nll"], predicted)
 
     return bits
 

@@ -93,6 +93,7 @@ functional_ep.poll          <- bits differentiate norm state vote
                                sharding sharding.mesh sharding.order sharding.tree
 functional_ep.train_step    <- agreement differentiate norm optim poll state step_by_label vote
                                sharding sharding.order
+functional_ep.evaluate      <- agreement differentiate state sharding sharding.tree
 functional_ep.memory        <- differentiate optim state train_step sharding sharding.rehearsal
 functional_ep.box           <-
 functional_ep.safetensors_file <- box
@@ -185,9 +186,9 @@ functional_ep.recordings.replay <- recordings.file recordings.record recordings.
                                sharding sharding.streams sharding.tape
 functional_ep.recordings.compare <- recordings.file recordings.trees
 functional_ep.recordings    <-
-functional_ep.__init__      <- checkpoint compile huggingface labels lm optim recordings.compare
-                               recordings.record recordings.replay schedules state train_step vote
-                               sharding
+functional_ep.__init__      <- checkpoint compile evaluate huggingface labels lm optim
+                               recordings.compare recordings.record recordings.replay schedules
+                               state train_step vote sharding
 functional_ep.testing       <- lm optim schedules state train_step vote
                                sharding sharding.testing
 functional_ep.corpus        <- safetensors_file
@@ -203,8 +204,8 @@ functional_ep.stopping      <- sharding sharding.collectives
 functional_ep.progress      <- agreement checkpoint checkpoint.disk checkpoint.folder config corpus
                                program state sharding
 functional_ep.job           <- config corpus data huggingface progress vocabulary sharding
-functional_ep.train         <- agreement config corpus data job metrics program progress stopping
-                               sharding sharding.collectives
+functional_ep.train         <- agreement config corpus data evaluate job metrics program progress
+                               stopping sharding
 functional_ep.report        <- config job metrics plot stopping train sharding
 functional_ep.commands      <- checkpoint job malloc metrics program report stopping
                                sharding sharding.distributed

@@ -152,6 +152,28 @@ def test_what_cannot_start_ends_the_command_with_one_line(
         cli.main([*arguments(weights, tmp_path / "run", 1), *more])
 
 
+def test_the_example_judges_by_another_text_as_transformers_would(
+    weights: Path, tmp_path: Path
+) -> None:
+    judge, out = tmp_path / "judge.txt", tmp_path / "out"
+    judge.write_text("the inner tower, or then another\n" * 11)
+    command = [sys.executable, "-W", "ignore", ROOT / "examples" / "finetune.py", weights, __file__]
+    sizes = ["--steps", "2", "--batch", "1", "--length", "48", "--lr", "1e-2", "--valid", judge]
+    run = subprocess.run([*command, out, *sizes], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    tokens = AutoTokenizer.from_pretrained(weights)(
+        judge.read_text(), return_tensors="pt"
+    ).input_ids
+    windows = tokens[0].unfold(0, 49, 48)
+    assert len(windows) % 2, "the ranks have batches of one window each, one of them more of them"
+    expected: list[float] = []
+    for path in (weights, out):
+        model = AutoModelForCausalLM.from_pretrained(path)
+        expected.append(float(model(input_ids=windows, labels=windows).loss.detach()))
+    assert f"on {judge}: {expected[0]:.4f} to {expected[1]:.4f}\n" in run.stdout
+    assert abs(expected[0] - expected[1]) > 1e-2
+
+
 @pytest.mark.parametrize(
     "chosen",
     [[], ["--train", "*.mlp.gate.*"], ["--freeze", "*.experts.*"], ["--lora", "2"]],
