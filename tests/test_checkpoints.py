@@ -273,6 +273,38 @@ def test_what_one_rank_finds_damaged_is_so_for_all(tmp_path: Path) -> None:
     assert first.endswith("step-00000002 is in order, move step-00000003 away to go on from it")
 
 
+class Reading(Disk):
+    """Knows how many bytes of the payloads of a folder have been read, but for their headers."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder, self.count = folder, 0
+
+    def read(self, path: Path, start: int, memory: memoryview) -> Iterator[memoryview]:
+        for part in super().read(path, start, memory):
+            if start and path.parent.name == self.folder and path.suffix == ".safetensors":
+                self.count += len(part)
+            yield part
+
+
+def test_ranks_share_the_reading_of_what_may_be_in_order(tmp_path: Path) -> None:
+    save_some(DISK, tmp_path, (1, 2))
+    spoiled = next((tmp_path / "step-00000002").glob("rank-*"))
+    spoiled.write_bytes(spoiled.read_bytes()[:-1])
+
+    def program(comm: Comm | None) -> int:
+        disk = Reading("step-00000001")
+        if comm is None:
+            assert not verify(tmp_path / "step-00000001", disk=disk).problems
+        else:
+            with pytest.raises(Damaged, match="step-00000001 is in order"):
+                Checkpoints(tmp_path, PLAN, comm, disk=disk).restore()
+        return disk.count
+
+    whole = program(None)
+    shares = on_ranks(program)
+    assert sum(shares) == whole and max(shares) < whole
+
+
 class Unreadable(Disk):
     def read(self, path: Path, start: int, memory: memoryview) -> Iterator[memoryview]:
         raise OSError(errno.EIO, os.strerror(errno.EIO), "the medium")
@@ -284,7 +316,7 @@ def test_what_is_no_damage_makes_nobody_read_the_others(
 ) -> None:
     save_some(DISK, tmp_path, (1, 2))
     read: list[Path] = []
-    monkeypatch.setattr(module, "check", lambda path, **_: read.append(path))
+    monkeypatch.setattr(module, "is_whole", lambda path, *_: read.append(path))
     disk, plan = Unreadable() if other == "a medium" else DISK, PLAN
     if other == "a plan":
         wider = {**PARAMS, "b": torch.empty(6, dtype=torch.float64)}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,6 +117,14 @@ def verify(path: str | Path, *, disk: Disk = DISK) -> Contents:
     return _contents(path, manifest, tuple(_problems(Reader(path, manifest, disk, verify=True))))
 
 
+def is_whole(path: Path, share: slice, disk: Disk = DISK) -> bool:
+    """Whether a share of the bytes, such as ``slice(rank, None, ranks)``, is what was written."""
+    try:
+        return not _problems(Reader(path, read_manifest(path, disk), disk, verify=True), share)
+    except (OSError, ValueError):
+        return False
+
+
 def attached(path: str | Path, name: str, *, disk: Disk = DISK) -> bytes:
     """The bytes of a file that was saved along, ``save(..., files={name: ...})``, verified.
 
@@ -147,18 +157,18 @@ def _contents(path: Path, manifest: Manifest, problems: tuple[str, ...]) -> Cont
     return Contents(path, *about, leaves, sizes, total, problems)
 
 
-def _problems(reader: Reader) -> list[str]:
+def _problems(reader: Reader, share: slice = slice(None)) -> list[str]:
+    checks: list[Callable[[], object]] = [
+        partial(reader.check, Wanted(entry, role), piece)
+        for entry in reader.manifest.leaves
+        for role, stored in entry.tensors.items()
+        for piece in stored.pieces
+    ]
+    checks += [partial(reader.attached, name) for name in reader.manifest.files]
     found = Counter[str]()
-    for entry in reader.manifest.leaves:
-        for role, stored in entry.tensors.items():
-            for piece in stored.pieces:
-                try:
-                    reader.check(Wanted(entry, role), piece)
-                except (OSError, ValueError) as error:
-                    found[str(error)] += 1
-    for name in reader.manifest.files:
+    for check in checks[share]:
         try:
-            reader.attached(name)
+            check()
         except (OSError, ValueError) as error:
             found[str(error)] += 1
     return list(found)

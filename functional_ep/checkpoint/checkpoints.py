@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Self
 import torch
 
 from functional_ep.agreement import gather_bytes, together
-from functional_ep.checkpoint.check import verify as check
+from functional_ep.checkpoint.check import is_whole
 from functional_ep.checkpoint.disk import DISK, Disk, make_directories
 from functional_ep.checkpoint.folder import claimed, committed, discard, step_of, tidy
 from functional_ep.checkpoint.parts import Buffers, on_cpu
@@ -104,7 +104,7 @@ class Checkpoints:
         if not self._called:
             self._called = True
             self._lead(lambda: self._refuse_later(step))
-        if self._pending is not None and self._all_have_written():
+        if self._pending is not None and self._all(self._pending.is_done):
             self.wait()
         if step and step % self.every == 0:
             self.save(state)
@@ -165,16 +165,18 @@ class Checkpoints:
         try:
             return restore(path, self.plan, self.comm, verify=verify, cast=cast, disk=self.disk)
         except Damaged as error:
-            advice = together(lambda: self._advice(path) if self.comm.rank == 0 else "", self.comm)
-            advice = gather_bytes(advice.encode(), self.comm)[0].decode()
-            raise Damaged(f"{error}{advice}") from error
+            raise Damaged(f"{error}{self._advice(path)}") from error
 
     def _advice(self, newest: Path) -> str:
-        older = [path for path in committed(self.directory, self.disk) if path != newest]
-        good = next((path for path in reversed(older) if _is_good(path, self.disk)), None)
-        if good is None:
-            return ": none that is older is in order"
-        return f": {good} is in order, move {newest.name} away to go on from it"
+        """The newest of the others of which every byte is in order; each rank reads a part."""
+        older = together(lambda: committed(self.directory, self.disk), self.comm)
+        names = "/".join(path.name for path in reversed(older) if path != newest).encode()
+        share = slice(self.comm.rank, None, self.comm.mesh.size)
+        for name in filter(None, gather_bytes(names, self.comm)[0].decode().split("/")):
+            if self._all(is_whole(self.directory / name, share, self.disk)):
+                good = self.directory / name
+                return f": {good} is in order, move {newest.name} away to go on from it"
+        return ": none that is older is in order"
 
     def _refuse_later(self, step: int) -> None:
         """The newest checkpoint is that of the highest step, so there must be no other future."""
@@ -185,10 +187,11 @@ class Checkpoints:
                 "it will come to: move later ones away, or save to another directory"
             )
 
-    def _all_have_written(self) -> bool:
-        assert self._pending is not None
-        done = torch.tensor([int(self._pending.is_done)], device=self.comm.device)
-        (count,) = self.comm.all_reduce([done], self.comm.mesh.axes)
+    def _all(self, here: bool) -> bool:
+        """Whether it is so on all ranks."""
+        (count,) = self.comm.all_reduce(
+            [torch.tensor([int(here)], device=self.comm.device)], self.comm.mesh.axes
+        )
         return int(count) == self.comm.mesh.size
 
     def _lead(self, action: Callable[[], None]) -> None:
@@ -242,10 +245,3 @@ class _Pending:
     def cost(self, waited: float) -> Cost:
         size = sum(part.x.numel() * part.x.element_size() for part in self.saving.parts)
         return Cost(self.saving.step, self.stalled + waited, self.writing, size)
-
-
-def _is_good(path: Path, disk: Disk) -> bool:
-    try:
-        return not check(path, disk=disk).problems
-    except (OSError, ValueError):
-        return False
