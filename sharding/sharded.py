@@ -33,7 +33,9 @@ def sharded(
             and gathered again (the last of a sequence stays: the backward pass begins with it);
             activations stay. ``"recompute"``: activations go too; f runs again, with the same
             numbers from torch's default generators, and must not depend on anything else that
-            changes. Under transforms inside of transforms views stay.
+            changes; where several blocks each use one of ``rest`` more than once, what they add to
+            its gradient is added in another order. Under transforms inside of transforms views
+            stay.
 
     Raises:
         ValueError: shards that do not fit the plan; under ``recompute`` a tensor that f captures
