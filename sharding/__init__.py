@@ -10,6 +10,7 @@ from .collectives import all_gather, all_to_all, psum, pvary, reduce_scatter
 from .comm import Comm, Divergence
 from .distributed import distributed
 from .gather import Precision
+from .inner import dot
 from .leaf import Leaf
 from .mesh import Mesh
 from .plan import Plan, make_plan
@@ -29,6 +30,7 @@ __all__ = [
     "all_gather",
     "all_to_all",
     "distributed",
+    "dot",
     "expert_parallel",
     "interval",
     "make_plan",

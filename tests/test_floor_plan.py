@@ -40,6 +40,7 @@ sharding.arguments          <- gather mesh rule tree
 sharding.plan               <- arguments collectives comm footprint gather leaf mesh rule
                                tree
 sharding.reshard            <- comm gather plan tree
+sharding.inner              <- collectives comm plan
 sharding.captured           <-
 sharding.closed             <- captured node streams
 sharding.fetched            <- comm gather node plain
@@ -65,8 +66,8 @@ sharding.distributed.nccl   <- comm distributed.overdue distributed.ranks diverg
 sharding.distributed.rendezvous <-
 sharding.distributed        <- distributed.nccl distributed.pairwise distributed.ranks
                                distributed.rendezvous mesh
-sharding.__init__           <- collectives comm distributed gather leaf mesh plan reshard rule
-                               sharded simulate
+sharding.__init__           <- collectives comm distributed gather inner leaf mesh plan reshard
+                               rule sharded simulate
 sharding.recording          <- comm mesh simulate
 sharding.rehearsal          <- buffers comm mesh specification
 sharding.strategies         <- mesh plan rule
@@ -85,8 +86,7 @@ functional_ep.sealed        <-
 functional_ep.agreement     <- sealed sharding sharding.tree
 functional_ep.differentiate <- factored sharding sharding.collectives sharding.comm sharding.node
                                sharding.tree wide
-functional_ep.norm          <- differentiate factored sharding wide
-                               sharding.collectives sharding.plan
+functional_ep.norm          <- differentiate factored sharding sharding.inner sharding.plan
 functional_ep.bits          <-
 functional_ep.vote          <-
 functional_ep.poll          <- bits differentiate norm state vote
