@@ -61,7 +61,7 @@ def program(
     optimizer = adamw(cosine(options.lr, warmup=options.steps // 10, total=options.steps))
     loss, losses, worth = model.loss(plan, comm), [], []
     step = make_train_step(loss, plan, optimizer, comm, clip=1.0, donate=True)
-    evaluate = make_evaluate(loss, plan, comm)
+    evaluate = make_evaluate(model.loss(plan, comm, training=False), plan, comm)
     state = init_state(model.load(plan, comm), plan, optimizer)
     if options.valid:
         worth.append(evaluate(state.params, batches_of(texts.valid, options, comm)))

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from typing import Any
+from numbers import Number
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sharding import Comm, Plan
-from sharding.tree import flatten, unflatten
+from sharding.tree import flatten, path_strings, show, unflatten
 
-from .agreement import check_agreement, structure_of
+from .agreement import check_agreement, common_failure, structure_of, together
 from .differentiate import Aux, Loss, checked, sum_over_ranks
 from .state import State
 
@@ -22,13 +23,17 @@ Evaluate = Callable[[Any, Iterable[Any]], dict[str, Tensor]]
 def make_evaluate(loss: Loss, plan: Plan, comm: Comm) -> Evaluate:
     """``evaluate(params, batches) -> metrics``: sums over batches and ranks, divided once.
 
-    The mean does not depend on how the examples are split into batches and over ranks. Ranks need
-    not have equally many batches: one that has come to its end goes on with no rows of its last,
-    ``x[:0]`` of every tensor that has dims, until all have. Nothing is differentiated or kept, but
-    under a transform, where the metrics are functions of params and batches.
+    Where a loss is a sum over rows, the mean does not depend on how they are split into batches and
+    over ranks. (What is a statistic of a batch does, such as the balance of experts, which is part
+    of the loss of ``lm`` and of models that ask for it: cross-entropy alone is ``nll / count``.)
+    Ranks need not have equally many batches: one that has come to its end goes on with no rows of
+    its last, ``x[:0]`` of every tensor that has dims, until all have, and that counts for nothing.
+    Nothing is differentiated or kept, but under a transform, where the metrics are functions of
+    params and batches.
 
     Args:
-        loss: as of :func:`functional_ep.make_train_step`.
+        loss: as of :func:`functional_ep.make_train_step`; without dropout, which a converted model
+            leaves out by ``model.loss(plan, comm, training=False)``.
         plan: of the params.
         comm: the ranks; all make the same calls.
 
@@ -38,9 +43,9 @@ def make_evaluate(loss: Loss, plan: Plan, comm: Comm) -> Evaluate:
         ``count``, and the sums of aux, all added up in float64 or int64.
 
     Raises:
-        ValueError: from the function, on every rank: a rank without a batch, batches whose
-            structure differs between ranks; on its own: a single batch, a state, a loss that
-            returns no sum and count.
+        ValueError: from the function, on every rank: a state, a single batch, no batch at all, one
+            that has no rows to leave out; batches or aux that differ between ranks in structure.
+        Exception: whatever fails on one rank as it reads its batches is raised on all.
 
     >>> from sharding import Mesh, make_plan, sharded, simulate, zero3
     >>> params = {"w": torch.ones(2)}
@@ -57,53 +62,92 @@ def make_evaluate(loss: Loss, plan: Plan, comm: Comm) -> Evaluate:
     plan.check_mesh(comm)
 
     def evaluate(params: Any, batches: Iterable[Any]) -> dict[str, Tensor]:
-        if isinstance(params, State):
-            raise ValueError("evaluate(params, batches): a State found, give its params")
-        if isinstance(batches, Mapping | Tensor):
-            raise ValueError("evaluate(params, batches): one batch found, give it in a list")
-        shards = plan.unflatten(plan.check_shards(params, comm))
+        shards, mine = together(lambda: _opened(params, batches, plan, comm), comm)
         sums: Aux = {}
         transformed = torch._C._are_functorch_transforms_active()
         with comm.letting_go(), nullcontext() if transformed else torch.no_grad():
-            for batch in _until_all_end(batches, comm):
+            for batch, counts in _until_all_end(mine, comm):
                 total, count, aux = checked(loss(shards, batch))
-                sums = _add(sums, {"loss": total, "count": count, **aux})
-            names, found = list(sums), list(sums.values())
-            metrics = dict(zip(names, sum_over_ranks(found, comm), strict=True))
-            return metrics | {"loss": metrics["loss"] / metrics["count"]}
+                more = {"loss": total, "count": count, **aux}
+                sums = _add(sums, {name: _widest(x, counts) for name, x in more.items()})
+            check_agreement("\n".join(sums), "loss's aux", comm)
+            found = sum_over_ranks(list(sums.values()), comm)
+        metrics = dict(zip(sums, found, strict=True))
+        return metrics | {"loss": metrics["loss"] / metrics["count"]}
 
     return evaluate
 
 
-def _until_all_end(batches: Iterable[Any], comm: Comm) -> Iterator[Any]:
+def _opened(
+    params: Any, batches: Iterable[Any], plan: Plan, comm: Comm
+) -> tuple[Any, Iterator[Any]]:
+    if isinstance(params, State):
+        raise ValueError("evaluate(params, batches): a State found, give its params")
+    if isinstance(batches, Mapping | Tensor):
+        raise ValueError("evaluate(params, batches): one batch found, give it in a list")
+    return plan.unflatten(plan.check_shards(params, comm)), iter(batches)
+
+
+class _Round(NamedTuple):
+    """What a rank has for one call of the loss. ``counts`` is not so of a batch without rows."""
+
+    batch: Any
+    structure: str
+    counts: bool
+
+
+def _until_all_end(mine: Iterator[Any], comm: Comm) -> Iterator[tuple[Any, bool]]:
     """The batches of this rank, then empty ones as long as another rank still has some."""
-    mine, empty, none = iter(batches), None, object()
+    now: _Round | None = None
     while True:
-        batch = next(mine, none)
-        ended = batch is none
-        counts = torch.tensor([int(ended), int(ended and empty is None)], device=comm.device)
-        (counts,) = comm.all_reduce([counts], comm.mesh.axes)
-        all_ended, without = int(counts[0]) == comm.mesh.size, int(counts[1])
-        if without:
-            raise ValueError(
-                f"evaluate(params, batches): {without} of {comm.mesh.size} ranks have no batch at "
-                "all; a rank without examples gives one that is empty"
-            )
-        if all_ended:
+        failure: Exception | None = None
+        try:
+            now = _next(mine, now)
+        except Exception as error:
+            failure = error
+        going, failed = now is not None and now.counts, failure is not None
+        state = torch.tensor([int(going), int(failed)], device=comm.device)
+        on_all, failures = comm.all_reduce([state], comm.mesh.axes)[0].tolist()
+        if failures:
+            common = common_failure(failure, comm)
+            assert common is not None
+            raise common from (None if common is failure else failure)
+        if not on_all or now is None:
             return
-        batch = empty if ended else batch
-        check_agreement(structure_of((batch,)), "batch", comm)
-        empty = _without_rows(batch)
-        yield batch
+        check_agreement(now.structure, "batch", comm)
+        yield now.batch, now.counts
+
+
+def _next(mine: Iterator[Any], last: _Round | None) -> _Round:
+    for batch in mine:
+        return _Round(batch, structure_of((batch,)), counts=True)
+    if last is None:
+        raise ValueError(
+            "evaluate(params, batches): no batch at all; a rank without examples gives an empty one"
+        )
+    return last._replace(batch=_without_rows(last.batch), counts=False) if last.counts else last
 
 
 def _without_rows(batch: Any) -> Any:
     leaves, spec = flatten(batch)
-    return unflatten(spec, [x[:0] if isinstance(x, Tensor) and x.dim() else x for x in leaves])
+    paths = path_strings(batch)
+    return unflatten(spec, [_no_rows(x, path) for x, path in zip(leaves, paths, strict=True)])
+
+
+def _no_rows(x: Any, path: str) -> Any:
+    if isinstance(x, Tensor):
+        return x[:0] if x.dim() else x
+    if isinstance(x, Mapping):  # of a library's own, such as BatchEncoding
+        return {key: _no_rows(value, f"{path}/{key}".strip("/")) for key, value in x.items()}
+    if isinstance(x, str | Number | None):
+        return x
+    raise ValueError(
+        f"{show(path, 'batch')} is a {type(x).__name__}, of which rows cannot be left out when a "
+        "rank has no more batches: give tensors, or as many batches on every rank"
+    )
 
 
 def _add(sums: Aux, more: Aux) -> Aux:
-    more = {name: _widest(x) for name, x in more.items()}
     if sums and sums.keys() != more.keys():
         raise ValueError(
             f"the loss's aux has {sorted(sums)} for one batch and {sorted(more)} for another: "
@@ -112,5 +156,7 @@ def _add(sums: Aux, more: Aux) -> Aux:
     return {name: sums[name] + x for name, x in more.items()} if sums else more
 
 
-def _widest(x: Tensor) -> Tensor:
-    return x.double() if x.is_floating_point() else x
+def _widest(x: Tensor, counts: bool) -> Tensor:
+    """As it is added up; nothing of a batch without rows, whatever the loss makes of it."""
+    x = x.double() if x.is_floating_point() else x
+    return x if counts else torch.where(torch.zeros((), dtype=torch.bool, device=x.device), x, 0)

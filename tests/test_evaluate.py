@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections import UserDict
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from functional_ep import evaluate as module
 from functional_ep import init_state, make_evaluate, sgd
-from sharding import Comm, Divergence, Mesh, Plan, make_plan, sharded, simulate, zero3
+from sharding import Comm, Mesh, Plan, make_plan, sharded, simulate, zero3
 from sharding.testing import exact, meshes, seeds
 from sharding.walk import Backward
 
@@ -120,8 +122,8 @@ def program_of(batches: Any, params: Callable[[Any], Any] = lambda params: param
 @pytest.mark.parametrize(
     ("batches", "message"),
     [
-        (lambda rank: [torch.ones(1, 3)] * rank, "1 of 2 ranks have no batch at all.*is empty"),
-        (lambda rank: [], "2 of 2 ranks have no batch at all"),
+        (lambda rank: [torch.ones(1, 3)] * rank, r"rank 0: .*no batch at all; .* an empty one"),
+        (lambda rank: [], r"no batch at all"),
         (lambda rank: torch.ones(1, 3), r"one batch found, give it in a list"),
         (lambda rank: {"x": torch.ones(1, 3)}, r"one batch found, give it in a list"),
         (lambda rank: [torch.ones((1, 3), dtype=(torch.float32, torch.float64)[rank])], "differs"),
@@ -154,14 +156,96 @@ def test_names_that_come_and_go_are_refused() -> None:
         simulate(program, Mesh())
 
 
-def test_what_fails_on_one_rank_ends_all() -> None:
-    def batches(rank: int) -> Any:
-        yield torch.ones(1, 3, dtype=torch.float64)
-        if rank:
-            raise OSError("the file ends here")
+def a_file_that_ends(comm: Comm, batches: Batches) -> list[Any]:
+    """Once from a file that ends on rank 1, then from memory: what each comes to."""
 
-    with pytest.raises((OSError, Divergence), match="file ends here"):
-        simulate(program_of(batches), Mesh(ep=2))
+    def reading() -> Iterator[Tensor]:
+        yield batches[0]
+        if comm.rank:
+            raise OSError("the file ends here")
+        yield from batches[1:]
+
+    plan, results = plan_on(comm.mesh), list[Any]()
+    evaluate = make_evaluate(sharded(squares, plan, comm), plan, comm)
+    for each in (reading(), batches):
+        try:
+            results.append(float(evaluate(plan.shard(PARAMS, comm), each)["loss"]))
+        except OSError as error:
+            results.append(str(error))
+    return results
+
+
+def test_what_fails_on_one_rank_fails_on_all_which_can_go_on(ranks2: Farm) -> None:
+    rows, mesh = exact((ROWS, 3), 1), Mesh(ep=2)
+    batches = [list(rows[:7].split(2)), [rows[7:]]]
+    expected = float(squares(PARAMS, rows)[0] / ROWS)
+    for run in (simulate, ranks2.run):
+        first, second = run(a_file_that_ends, mesh, batches)
+        assert first[1] == second[1] == expected
+        assert "rank 1: " in first[0] and "the file ends here" in first[0] and first[0] == second[0]
+
+
+class Encoding(dict[str, Tensor]):
+    """What optree takes for a leaf, as BatchEncoding is."""
+
+
+Wrap = Callable[[Tensor], Any]
+UNUSUAL: dict[str, tuple[Wrap, Callable[[Any], Tensor]]] = {
+    "a mapping of a library's own": (lambda x: Encoding(x=x), lambda batch: batch["x"]),
+    "mappings inside": (lambda x: {"y": (UserDict(x=x), "a name", 3)}, lambda b: b["y"][0]["x"]),
+    "a scalar beside the rows": (lambda x: (x, torch.tensor(1.0)), lambda batch: batch[0]),
+}
+
+
+def check_unusual(wrap: Wrap, unwrap: Callable[[Any], Tensor], spoil: float = 0.0) -> None:
+    """The batch is wrapped; ``spoil`` is what each batch has beside its rows, and may be NaN."""
+    rows, mesh = exact((ROWS, 3), 3), Mesh(ep=2)
+    batches = [[wrap(x) for x in rows[:8].split(2)], [wrap(rows[8:])]]
+
+    def program(comm: Comm, batches: list[Any]) -> Tensor:
+        plan = plan_on(comm.mesh)
+
+        def loss(view: dict[str, Tensor], batch: Any) -> Any:
+            total, count, aux = squares(view, unwrap(batch))
+            return total + (0 if count else spoil), count, aux | {"batches": torch.ones(())}
+
+        metrics = make_evaluate(sharded(loss, plan, comm), plan, comm)(
+            plan.shard(PARAMS, comm), batches
+        )
+        assert int(metrics["batches"]) == 5, "what ended counts for nothing"
+        return metrics["loss"]
+
+    for found in simulate(program, mesh, batches):
+        assert torch.equal(found, squares(PARAMS, rows)[0] / ROWS)
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_what_has_ended_has_no_rows_in_whatever_they_are(name: str) -> None:
+    check_unusual(*UNUSUAL[name])
+
+
+def test_what_a_loss_makes_of_no_rows_does_not_count() -> None:
+    check_unusual(lambda x: x, lambda x: x, spoil=math.nan)
+
+
+def test_what_rows_cannot_be_left_out_of_is_refused_on_all_ranks() -> None:
+    with pytest.raises(ValueError, match=r"rank 1: batch\['x'\] is a ndarray, of which rows"):
+        check_unusual(lambda x: {"x": x.numpy()}, lambda batch: torch.as_tensor(batch["x"]))
+
+
+def test_aux_of_other_names_on_other_ranks_is_refused() -> None:
+    def program(comm: Comm) -> Any:
+        plan = plan_on(comm.mesh)
+
+        def loss(shards: Any, x: Tensor) -> Any:
+            total, count, aux = sharded(squares, plan, comm)(shards, x)
+            return total, count, {f"{name}{comm.rank}": x for name, x in aux.items()}
+
+        batches = [torch.ones(1, 3, dtype=torch.float64)]
+        return make_evaluate(loss, plan, comm)(plan.shard(PARAMS, comm), batches)
+
+    with pytest.raises(ValueError, match=r"the loss's aux differs between ranks.*above1"):
+        simulate(program, Mesh(ep=2))
 
 
 def test_nothing_is_recorded_but_under_a_transform_all_is() -> None:
