@@ -22,7 +22,7 @@ class Order:
     """Hears what a rank starts: ranks that start the same, in the same order, have equal digests.
 
     One digest must be that of every rank: kinds, axes, dtypes and dims of all collectives, and the
-    lines of the program that start them. Sizes have to agree only within the fiber that a
+    lines of the program that start them. Sizes and names have to agree only within the fiber that a
     collective runs over, so they have a digest for each set of axes. How many rows an all_to_all
     moves is in none.
 
@@ -45,11 +45,12 @@ class Order:
 
     def __call__(self, op: Op, xs: Sequence[Tensor], work: Work) -> Work:
         kinds = [(x.dtype, x.dim()) for x in xs]
-        self._sequence.update(f"{op.kind} {op.axes} {op.of} {kinds} {_line()};".encode())
+        self._sequence.update(f"{op.kind} {op.axes} {kinds} {_line()};".encode())
         axes = self._set_of.get(frozenset(op.axes))
         if axes is not None:  # else of another arrangement of the ranks
             skip = 1 if op.kind == "all_to_all" else 0
-            self._sizes[axes].update(f"{[tuple(x.shape[skip:]) for x in xs]};".encode())
+            shapes = [tuple(x.shape[skip:]) for x in xs]
+            self._sizes[axes].update(f"{op.of!r} {shapes};".encode())
         return work
 
     def digests(self) -> dict[Axes, int]:

@@ -264,7 +264,10 @@ def part_ways(comm: Comm, kinds: Sequence[str]) -> None:
 @pytest.mark.parametrize(
     ("kinds", "what"),
     [
-        (("reduce", "gather"), r"something else: all_(gather|reduce)\('ep',\) of \[float32\[4\]\]"),
+        (
+            ("reduce", "gather"),
+            r"something else: all_(gather|reduce)\(axes=\('ep',\)\) of \[float32\[4\]\]",
+        ),
         (("reduce", "reshaped"), r"something else: all_reduce.*\[float32\[(4|2, 2)\]\], 16 bytes"),
         (("even", "uneven"), r"something else: all_to_all.*float32\[\]\], (8|12|4) bytes"),
     ],

@@ -21,6 +21,7 @@ from functional_ep import why as why_vetoed
 from functional_ep.testing import Training, train, trainings
 from functional_ep.vote import WHY
 from sharding import Comm, Mesh, simulate
+from sharding.comm import Op
 from sharding.mesh import Axes
 from sharding.order import Order
 from sharding.testing import seeds
@@ -362,3 +363,18 @@ def test_what_the_compiler_generates_has_no_line() -> None:
 
     plain, generated, other = simulate(program, Mesh(ep=2))[0]
     assert plain == generated != other
+
+
+def test_names_have_to_agree_within_a_fiber_only() -> None:
+    """Ranks of another ep gather the same experts in another order, among themselves."""
+
+    def program(comm: Comm, names: str) -> dict[Axes, int]:
+        order = Order(comm.mesh)
+        with comm.heard_by(order):
+            for name in names:
+                comm.start(Op("all_gather", ("edp",), of=name), [torch.ones(1)]).wait()
+        return order.digests()
+
+    a, b, c, d = simulate(program, Mesh(edp=2, ep=2), ["ab", "ba", "ab", "ba"])
+    assert a == c and b == d
+    assert {axes for axes in a if a[axes] != b[axes]} == {("edp",)}

@@ -38,10 +38,10 @@ class Exchange:
     """A collective under way: what goes to and comes from each of the others of its fiber."""
 
     def __init__(self, comm: PairwiseComm, op: Op, xs: Sequence[Tensor]) -> None:
-        self.comm, self.op, self.kinds = comm, op, kinds_of(op, xs)
-        self.about = about(op, self.kinds)
         self.sent: list[tuple[int, Sending]] = []
         self.awaited: dict[int, tuple[int, Arrival]] = {}
+        self.comm, self.op, self.kinds = comm, op, kinds_of(op, xs)
+        self.about = about(op, self.kinds)
         self.finish: Callable[[Parts], list[Tensor]] = lambda _: []
         self.number = comm.place.start(op, self.kinds)
 

@@ -86,5 +86,7 @@ def kinds_of(op: Op, xs: Sequence[Tensor]) -> str:
 
 def about(op: Op, kinds: str) -> bytes:
     """What all ranks of a fiber say alike of a collective, however long its name is."""
-    name = op.of if len(op.of) <= SHORT else f"{op.of[:SHORT]}, in all {crc32(op.of.encode()):x}"
-    return f"{op.kind}{op.axes} of {name}{', ' if name else ''}{kinds}".encode()
+    name = repr(op.of) if op.of else ""
+    if len(name) > SHORT:
+        name = f"{name[:SHORT]}, in all {crc32(name.encode()):x}"
+    return f"{op.kind}(axes={op.axes}{', of=' if name else ''}{name}) of {kinds}".encode()
