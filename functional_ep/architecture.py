@@ -164,7 +164,8 @@ def functions(cfg: Config, plan: Plan, comm: Comm, compile: bool) -> list[Callab
 
     def embed(view: Params, input_ids: Tensor, constants: Constants) -> Stream:
         if not input_ids.numel():  # torch cannot differentiate the embedding of nothing twice
-            return Stream(view["embed"][0, 0].expand(*input_ids.shape, cfg.dim))
+            lanes = input_ids.sum().to(view["embed"].dtype)  # 0, of each lane if they are mapped
+            return Stream((view["embed"][0, 0] + lanes).expand(*input_ids.shape, cfg.dim))
         return Stream(F.embedding(input_ids, view["embed"]))
 
     def head(view: Params, stream: Stream, constants: Constants) -> Any:

@@ -250,3 +250,18 @@ def test_a_mask_is_no_reason_to_compute_otherwise_again() -> None:
         assert all(map(torch.equal, tree_leaves(kept), tree_leaves(again)))
 
     simulate(program, Mesh(edp=1, ep=1))
+
+
+def test_lanes_over_batches_meet_a_rank_without_tokens_once_each() -> None:
+    params = lm.init(CFG, dtype=torch.float64)
+    ids = torch.stack([IDS, IDS.flip(0)])
+
+    def program(comm: Comm, ids: Tensor) -> Tensor:
+        plan = plan_on(comm.mesh, params)
+        loss, shards = lm.loss(CFG, plan, comm), plan.shard(params, comm)
+        lane = lambda ids: loss(shards, {"input_ids": ids, "labels": ids})[2]["nll"]  # noqa: E731
+        return torch.vmap(lane)(ids)
+
+    (expected,) = simulate(program, Mesh(edp=1, ep=1), [ids])
+    found = torch.stack(simulate(program, Mesh(edp=1, ep=2), [ids, ids[:, :0]])).sum(0)
+    assert_close(found, expected, "nll of the lanes")
