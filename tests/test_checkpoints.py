@@ -247,7 +247,8 @@ def test_a_damaged_newest_is_refused_and_the_one_in_order_is_named(
     first, second = on_ranks(program)
     assert first == second and "step-00000003" in first and "damaged" in first
     assert first.endswith(
-        f"{tmp_path / 'step-00000001'} is in order, move step-00000003 away to go on from it"
+        f"{tmp_path / 'step-00000001'} is in order, move step-00000002, step-00000003 away to "
+        "go on from it"
     )
 
 

@@ -171,12 +171,13 @@ class Checkpoints:
         """The newest of the others of which every byte is in order; each rank reads a part."""
         older = together(lambda: committed(self.directory, self.disk), self.comm)
         names = "/".join(path.name for path in reversed(older) if path != newest).encode()
-        share = slice(self.comm.rank, None, self.comm.mesh.size)
+        share, damaged = slice(self.comm.rank, None, self.comm.mesh.size), newest.name
         for name in filter(None, gather_bytes(names, self.comm)[0].decode().split("/")):
-            if self._all(is_whole(self.directory / name, share, self.disk)):
-                good = self.directory / name
-                return f": {good} is in order, move {newest.name} away to go on from it"
-        return ": none that is older is in order"
+            good = self.directory / name
+            if self._all(is_whole(good, share, self.disk)):
+                return f": {good} is in order, move {damaged} away to go on from it"
+            damaged = f"{name}, {damaged}"
+        return ", but none that is older is in order"
 
     def _refuse_later(self, step: int) -> None:
         """The newest checkpoint is that of the highest step, so there must be no other future."""
