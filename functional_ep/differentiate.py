@@ -54,14 +54,15 @@ def accumulate(
     return grads, total, count, aux
 
 
-def sum_over_ranks(xs: Sequence[Tensor], comm: Comm) -> list[Tensor]:
+def sum_over_ranks(xs: Sequence[Tensor], comm: Comm, of: str = "") -> list[Tensor]:
     """``sum over all ranks`` of each tensor, in one message; differentiable.
 
-    The sums are tensors of their own: what a loss returns may be a parameter.
+    The sums are tensors of their own: what a loss returns may be a parameter. ``of`` says what is
+    summed, which is to be the same on all ranks.
     """
     if comm.mesh.size == 1:
         return [x.clone() for x in xs]
-    return list(apply(Collective(Op("all_reduce", comm.mesh.axes)), xs, comm))
+    return list(apply(Collective(Op("all_reduce", comm.mesh.axes, of=of)), xs, comm))
 
 
 def _sums(

@@ -105,7 +105,8 @@ def make_train_step(
             check_agreement(structure_of(batches), "batch", comm)
             shards = plan.check_shards(state.params, comm)
             grads, mine, count, aux = accumulate(loss, plan, shards, batches, update.factored)
-            total, count, *sums = sum_over_ranks([mine, count, *aux.values()], comm)
+            names = ", ".join(["loss", "count", *aux])
+            total, count, *sums = sum_over_ranks([mine, count, *aux.values()], comm, names)
         per_token = 1 / torch.where(count > 0, count, 1).double()
         if poll and order:
             norm, verdict = poll.take(state, batches, mine, grads, order)
@@ -113,8 +114,7 @@ def make_train_step(
             norm, verdict = global_norm(grads, update.copies, comm), {}
         norm = norm * per_token
         metrics = {"loss": total * per_token.to(total.dtype), "count": count, "grad_norm": norm}
-        rates = update.rates(state.step)  # a donated state is empty after the update
-        metrics |= rates | dict(zip(aux, sums, strict=True)) | verdict
+        metrics |= update.rates(state.step) | dict(zip(aux, sums, strict=True)) | verdict
         if vote and not verdict["committed"]:
             if vote.on_veto == "raise":
                 raise Vetoed(metrics)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from functional_ep import State, adamw, cosine, init_state, linear, make_train_step, sgd
 from functional_ep.testing import prepare
-from sharding import Comm, Mesh, Plan, make_plan, replicated, sharded, simulate, zero3
+from sharding import Comm, Divergence, Mesh, Plan, make_plan, replicated, sharded, simulate, zero3
 from sharding.tree import flatten
 
 MESH = Mesh(edp=2)
@@ -56,6 +56,22 @@ def one_step(loss: Callable[..., Any], batch: Any = None, **options: Any) -> Any
 def test_a_loss_that_is_no_sum_and_count_is_refused(loss: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         one_step(loss)
+
+
+def with_aux_of_its_own(comm: Comm) -> None:
+    plan, tx = a_plan(), sgd(0.1)
+
+    def loss(view: dict[str, Tensor], x: Tensor) -> Any:
+        return *squares(view, x), {"ab"[comm.rank]: x.sum()}
+
+    step = make_train_step(sharded(loss, plan, comm), plan, tx, comm)
+    step(init_state(plan.shard(PARAMS, comm), plan, tx), torch.ones(3))
+
+
+def test_aux_of_other_names_is_not_added_up(ranks2: Farm) -> None:
+    for run in (simulate, ranks2.run):
+        with pytest.raises(Divergence, match=r"of='loss, count, a'(.|\n)*of='loss, count, b'"):
+            run(with_aux_of_its_own, MESH)
 
 
 IDS = torch.ones(2, dtype=torch.int64)
