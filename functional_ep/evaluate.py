@@ -89,11 +89,15 @@ def _opened(
 
 
 class _Round(NamedTuple):
-    """What a rank has for one call of the loss. ``counts`` is not so of a batch without rows."""
+    """What a rank has for one call of the loss: a batch that counts, or one without rows.
+
+    ``problem`` is why there is no such batch, which matters if others still have some.
+    """
 
     batch: Any
     structure: str
-    counts: bool
+    counts: bool = True
+    problem: Exception | None = None
 
 
 def _until_all_end(mine: Iterator[Any], comm: Comm) -> Iterator[tuple[Any, bool]]:
@@ -105,14 +109,15 @@ def _until_all_end(mine: Iterator[Any], comm: Comm) -> Iterator[tuple[Any, bool]
             now = _next(mine, now)
         except Exception as error:
             failure = error
-        going, failed = now is not None and now.counts, failure is not None
-        state = torch.tensor([int(going), int(failed)], device=comm.device)
-        on_all, failures = comm.all_reduce([state], comm.mesh.axes)[0].tolist()
-        if failures:
-            common = common_failure(failure, comm)
+        problem = failure or (now.problem if now else None)
+        mine_are = (now is not None and now.counts, failure is not None, problem is not None)
+        flags = torch.tensor([*map(int, mine_are)], device=comm.device)
+        going, failed, hindered = comm.all_reduce([flags], comm.mesh.axes)[0].tolist()
+        if failed or (going and hindered):
+            common = common_failure(problem, comm)
             assert common is not None
-            raise common from (None if common is failure else failure)
-        if not on_all or now is None:
+            raise common from (None if common is problem else problem)
+        if not going or now is None:
             return
         check_agreement(now.structure, "batch", comm)
         yield now.batch, now.counts
@@ -120,12 +125,17 @@ def _until_all_end(mine: Iterator[Any], comm: Comm) -> Iterator[tuple[Any, bool]
 
 def _next(mine: Iterator[Any], last: _Round | None) -> _Round:
     for batch in mine:
-        return _Round(batch, structure_of((batch,)), counts=True)
+        return _Round(batch, structure_of((batch,)))
     if last is None:
         raise ValueError(
             "evaluate(params, batches): no batch at all; a rank without examples gives an empty one"
         )
-    return last._replace(batch=_without_rows(last.batch), counts=False) if last.counts else last
+    if not last.counts:
+        return last
+    try:
+        return last._replace(batch=_without_rows(last.batch), counts=False)
+    except ValueError as error:
+        return last._replace(counts=False, problem=error)
 
 
 def _without_rows(batch: Any) -> Any:

@@ -228,7 +228,17 @@ def test_what_a_loss_makes_of_no_rows_does_not_count() -> None:
     check_unusual(lambda x: x, lambda x: x, spoil=math.nan)
 
 
-def test_what_rows_cannot_be_left_out_of_is_refused_on_all_ranks() -> None:
+def test_what_rows_cannot_be_left_out_of_is_refused_on_all_ranks_if_they_have_to_be() -> None:
+    rows = exact((4, 3), 3)
+
+    def program(comm: Comm) -> Tensor:
+        plan = plan_on(comm.mesh)
+        loss = sharded(lambda view, x: squares(view, torch.as_tensor(x)), plan, comm)
+        batches = [x.numpy() for x in rows.split(2)]
+        return make_evaluate(loss, plan, comm)(plan.shard(PARAMS, comm), batches)["loss"]
+
+    for found in simulate(program, Mesh(ep=2)):
+        assert torch.equal(found, squares(PARAMS, rows)[0] / 4)
     with pytest.raises(ValueError, match=r"rank 1: batch\['x'\] is a ndarray, of which rows"):
         check_unusual(lambda x: {"x": x.numpy()}, lambda batch: torch.as_tensor(batch["x"]))
 
