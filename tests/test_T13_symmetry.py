@@ -11,7 +11,7 @@ from budget import one_in
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharding import Comm, Mesh, simulate
+from sharding import Comm, Mesh, make_plan, sharded, simulate, zero3
 from sharding.comm import Op
 from sharding.recording import Event
 from sharding.sharded import Backward
@@ -86,3 +86,18 @@ def test_a_recording_hears_other_arrangements_of_its_ranks() -> None:
         return recording.events
 
     assert [event.op.axes for event in simulate(program, Mesh(ep=4))[0]] == [("edp",)] * 2
+
+
+def test_what_a_block_sends_is_named_by_its_first_leaf_in_both_directions() -> None:
+    params = [{"a": torch.ones(2), "b": torch.ones(2)} for _ in range(2)]
+    plan = make_plan(params, [{"a": "d", "b": "d"}] * 2, {"d": zero3("ep")}, Mesh(ep=2))
+
+    def program(comm: Comm) -> list[tuple[str, str]]:
+        recording = Recording(comm)
+        run = sharded([lambda v, x: x * v["a"].sum() * v["b"].sum()] * 2, plan, recording, "keep")
+        torch.func.grad(run)(plan.shard(params, comm), torch.ones(()))
+        return [(e.op.kind, e.op.of) for e in recording.events if e.what == "start"]
+
+    gathered, reduced = "all_gather", "reduce_scatter"
+    expected = [(gathered, "0/a"), (gathered, "1/a"), (reduced, "1/a"), (reduced, "0/a")]
+    assert simulate(program, plan.mesh) == [expected] * 2
